@@ -1,0 +1,101 @@
+"""The coordinator: one asyncio loop that runs requests over the draft and verifier actors."""
+
+import asyncio
+import time
+from typing import Any
+
+from llmcad_actors.actors.calls import fetch_async
+from llmcad_actors.core.costs import Costs
+from llmcad_actors.core.fallback import Policy
+from llmcad_actors.core.tree import TokenTree
+from llmcad_actors.errors import LlmcadError
+from llmcad_actors.loop import decode
+from llmcad_actors.messages import Event, Failed, Grown, Request, Submission, Verdict, pack, unpack
+
+CALL_TIMEOUT_S = 600.0
+PASS_TIMEOUT_S = 4 * 3600.0  # a pass over slow storage takes long; a shard that does not come fails much sooner
+
+
+class RemoteDrafter:
+    """The `Drafter` port over the draft actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def begin(self, prompt: tuple[int, ...]) -> None:
+        await fetch_async(self._actor.begin.remote(pack(prompt)), CALL_TIMEOUT_S, "the draft's start")
+
+    async def grow(self, verdict: Verdict | None, policy: Policy, costs: Costs) -> Submission:
+        order = pack((verdict, policy, costs))
+        result: Submission = unpack(await fetch_async(self._actor.grow.remote(order), CALL_TIMEOUT_S, "drafting"))
+        return result
+
+    async def extend(self) -> Grown:
+        result: Grown = unpack(await fetch_async(self._actor.extend.remote(), CALL_TIMEOUT_S, "drafting ahead"))
+        return result
+
+
+class RemoteVerifier:
+    """The `Verifier` port over the verifier actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...]) -> None:
+        call = self._actor.begin.remote(pack(prompt), pack(stop_tokens))
+        await fetch_async(call, CALL_TIMEOUT_S, "the target's start")
+
+    async def verify(self, tree: TokenTree) -> Verdict:
+        call = self._actor.verify.remote(pack(tree))
+        verdict: Verdict = unpack(await fetch_async(call, PASS_TIMEOUT_S, "a target pass"))
+        return verdict
+
+
+class MonotonicClock:
+    def now(self) -> float:
+        return time.monotonic()
+
+
+class Coordinator:
+    """Requests in, events out; the caller polls `events`."""
+
+    def __init__(self, verifier: Any, draft: Any, policy: bytes) -> None:
+        self._verifier = RemoteVerifier(verifier)
+        self._drafter = RemoteDrafter(draft) if draft is not None else None
+        self._policy: Policy = unpack(policy)
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+
+    async def ready(self) -> None:
+        """Returns when the actor is up."""
+
+    async def start(self, request: bytes) -> None:
+        """Begin a request; a request still running is cancelled first."""
+        await self.cancel()
+        self._events = asyncio.Queue()
+        self._task = asyncio.create_task(self._run(unpack(request)))
+
+    async def events(self, wait_s: float) -> bytes:
+        """Events since the last call; waits up to `wait_s` for the first."""
+        found: list[Event] = []
+        try:
+            found.append(await asyncio.wait_for(self._events.get(), wait_s))
+        except TimeoutError:
+            return pack(found)
+        while not self._events.empty():
+            found.append(self._events.get_nowait())
+        return pack(found)
+
+    async def cancel(self) -> None:
+        """Stop the running request. A pass under way runs to its end, and nobody waits for it."""
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            await asyncio.wait([self._task], timeout=CALL_TIMEOUT_S)
+
+    async def _run(self, request: Request) -> None:
+        emit = self._events.put_nowait
+        drafter = self._drafter if request.speculate else None
+        try:
+            await decode(request, drafter, self._verifier, self._policy, MonotonicClock(), emit)
+        except LlmcadError as error:
+            emit(Failed(type(error).__name__, str(error)))

@@ -1,0 +1,54 @@
+"""The draft process: the resident draft model behind an actor, computing only when nobody else wants the cores."""
+
+import os
+from pathlib import Path
+
+from llmcad_actors.config import DraftSpec
+from llmcad_actors.core.builders import make_builder
+from llmcad_actors.messages import pack, unpack
+from llmcad_actors.storage.checkpoint import Checkpoint
+
+
+class DraftActor:
+    def __init__(self, spec: bytes) -> None:
+        import torch  # here, not above: the process that starts the actors knows this class, and has no torch
+
+        from llmcad_actors.models.draft import Draft, DraftModel
+        from llmcad_actors.models.tensors import compute_dtype
+
+        setup: DraftSpec = unpack(spec)
+        give_way()
+        torch.set_num_threads(setup.threads)
+        path = Path(setup.path)
+        dtype = compute_dtype(Checkpoint.open(path).dtype, setup.dtype)
+        model = DraftModel(
+            path, dtype=dtype, vocab=setup.vocab, context=setup.context, slots=setup.slots, children=setup.children
+        )
+        builder = make_builder(
+            setup.builder,
+            max_nodes=setup.max_nodes,
+            batch=setup.batch,
+            children=setup.children,
+            widths=setup.widths,
+        )
+        self._draft = Draft(model, builder, batch=setup.batch, max_positions=setup.context)
+        self._slice_steps = setup.slice_steps
+
+    def ready(self) -> None:
+        """Returns when the actor is up; raises what its construction raised."""
+
+    def begin(self, prompt: bytes) -> None:
+        self._draft.begin(unpack(prompt))
+
+    def grow(self, order: bytes) -> bytes:
+        verdict, policy, costs = unpack(order)
+        return pack(self._draft.grow(verdict, policy, costs))
+
+    def extend(self) -> bytes:
+        return pack(self._draft.extend(self._slice_steps))
+
+
+def give_way() -> None:
+    """Run under SCHED_IDLE where there is such a thing: a pass that computes is never slowed by drafting."""
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

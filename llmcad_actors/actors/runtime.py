@@ -1,0 +1,161 @@
+"""Ray on one machine: start it lean, wrap the actor classes once, end everything that was started."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from llmcad_actors.actors.calls import fetch
+from llmcad_actors.actors.coordinator import Coordinator
+from llmcad_actors.actors.draft import DraftActor
+from llmcad_actors.actors.loader import LoaderActor
+from llmcad_actors.actors.verifier import VerifierActor
+from llmcad_actors.config import DraftSpec, LoaderSpec, VerifierSpec
+from llmcad_actors.core.fallback import Policy
+from llmcad_actors.errors import StorageError
+from llmcad_actors.messages import pack
+
+START_TIMEOUT_S = 180.0
+PIN_TIMEOUT_S = 3600.0
+NUM_ACTORS = 4
+
+ENVIRONMENT = {
+    "RAY_worker_niceness": "0",  # at Ray's default, 15, a drafting process slows a pass to half
+    "RAY_memory_monitor_refresh_ms": "0",  # a nearly full machine is normal here: the byte budget rules
+    "RAY_usage_stats_enabled": "0",
+    "RAY_enable_metrics_collection": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MALLOC_ARENA_MAX": "2",
+    "PYTHONWARNINGS": "ignore",
+}
+SPARE_DAEMONS = ("kill_monitor", "kill_dashboard", "kill_log_monitor")  # 150 MB that one machine has no use for
+STORE_DIRECTORY = "/dev/shm"
+LEAST_STORE_BYTES = 80 << 20  # Ray refuses less; pages that are never touched cost nothing
+
+
+def check_store_directory(store_bytes: int) -> None:
+    """Raises `StorageError` when the shared-memory file system cannot hold the object store."""
+    with suppress(FileNotFoundError):
+        free = shutil.disk_usage(STORE_DIRECTORY).free
+        if free < store_bytes:
+            raise StorageError(
+                f"{STORE_DIRECTORY} has {free >> 20} MiB free, the object store needs {store_bytes >> 20} MiB; "
+                f"enlarge it (mount -o remount,size={(store_bytes >> 20) + 64}M {STORE_DIRECTORY}; in Docker "
+                f"--shm-size={(store_bytes >> 20) + 64}m) or give a smaller --memory"
+            )
+
+
+@contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables inside the block; children started there keep them."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class LocalRay:
+    """A Ray instance of our own on this machine; or the caller's, if one is running, which we then leave alone."""
+
+    def __init__(self, store_bytes: int) -> None:
+        self.is_ours = not ray.is_initialized()
+        self._folder = ""
+        if self.is_ours:
+            check_store_directory(store_bytes)
+            self._folder = tempfile.mkdtemp(prefix="llmcad-")
+            with environment(ENVIRONMENT):
+                self._start(store_bytes)
+
+    def _start(self, store_bytes: int) -> None:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        ray.init(
+            address="local",
+            num_cpus=NUM_ACTORS,  # Ray starts as many workers ahead; the actors take exactly these
+            object_store_memory=max(store_bytes, LEAST_STORE_BYTES),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=self._folder,
+            _system_config={"automatic_object_spilling_enabled": False},
+        )
+        node = ray._private.worker._global_node
+        for kill in SPARE_DAEMONS:
+            with suppress(Exception):  # another Ray version may have no such daemon
+                getattr(node, kill)(check_alive=False)
+
+    def close(self) -> None:
+        if self.is_ours:
+            ray.shutdown()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@dataclass
+class Actors:
+    """Handles of the running actors."""
+
+    loader: Any
+    verifier: Any
+    draft: Any | None
+    coordinator: Any
+
+    def all(self) -> list[Any]:
+        return [a for a in (self.coordinator, self.draft, self.verifier, self.loader) if a is not None]
+
+    def close(self) -> None:
+        for actor in self.all():
+            with suppress(Exception):  # already dead is what we want
+                ray.kill(actor)
+
+
+def start_actors(
+    loader: LoaderSpec,
+    verifier: VerifierSpec,
+    draft: DraftSpec | None,
+    policy: Policy,
+    say: Callable[[str], None],
+) -> Actors:
+    """Start the actors and pin what is to stay; returns when all are ready. Raises what an actor raised.
+
+    `say` is told what is being waited for.
+    """
+    load = _remote(LoaderActor, max_concurrency=3).remote(pack(loader))  # next waits while release is served
+    verify = _remote(VerifierActor).remote(pack(verifier), load)
+    drafting = _remote(DraftActor).remote(pack(draft)) if draft is not None else None
+    coordinate = _remote(Coordinator).remote(verify, drafting, pack(policy))
+    actors = Actors(load, verify, drafting, coordinate)
+    try:
+        _await_ready(actors, say)
+    except BaseException:
+        actors.close()
+        raise
+    return actors
+
+
+def _remote(kind: type, **options: Any) -> Any:
+    return ray.remote(num_cpus=0, max_restarts=0, **options)(kind)
+
+
+def _await_ready(actors: Actors, say: Callable[[str], None]) -> None:
+    say("starting the loader")
+    fetch(actors.loader.start.remote(), START_TIMEOUT_S, "the loader's start")
+    say("building the target's skeleton")
+    fetch(actors.verifier.ready.remote(), START_TIMEOUT_S, "the verifier's start")
+    if actors.draft is not None:
+        say("loading the draft")
+        fetch(actors.draft.ready.remote(), START_TIMEOUT_S, "the draft's start")
+    say("pinning layers")
+    fetch(actors.verifier.pin.remote(), PIN_TIMEOUT_S, "pinning layers")
+    fetch(actors.coordinator.ready.remote(), START_TIMEOUT_S, "the coordinator's start")

@@ -1,0 +1,79 @@
+"""The verifier's side of the loader: leases of shards, and private copies of the pinned ones."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import ray
+
+from llmcad_actors.actors.calls import fetch
+from llmcad_actors.errors import ActorFailure
+from llmcad_actors.storage.layout import ShardSpec
+from llmcad_actors.storage.reader import AlignedBuffer
+
+SHARD_TIMEOUT_S = 120.0
+ALIGNMENT = 64
+
+
+class PinnedShard:
+    """A shard's tensors in anonymous memory of this process, each aligned to 64 bytes; `close` gives it back."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        offsets = np.cumsum([0, *(-(-a.nbytes // ALIGNMENT) * ALIGNMENT for a in arrays.values())])
+        self._buffer = AlignedBuffer(max(int(offsets[-1]), 1))
+        self.arrays: dict[str, np.ndarray] = {}
+        for (name, array), offset in zip(arrays.items(), offsets[:-1].tolist(), strict=True):
+            self.arrays[name] = self._buffer.view(offset, array.nbytes)
+            self.arrays[name][:] = array
+
+    def close(self) -> None:
+        self.arrays.clear()
+        self._buffer.close()
+
+
+class LeasedShards:
+    """A `ShardSource` over the loader actor. One lease is asked for ahead of the one in use."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+        self._ahead: Any = None
+        self._pinned: dict[str, PinnedShard] = {}
+
+    def pin(self, specs: Sequence[ShardSpec]) -> int:
+        """Take the loader's prelude into private memory; returns the bytes pinned."""
+        for spec in specs:
+            with self._next(spec.name, ask_ahead=spec is not specs[-1]) as arrays:
+                self._pinned[spec.name] = PinnedShard(arrays)
+        return sum(spec.nbytes for spec in specs)
+
+    @contextmanager
+    def lease(self, name: str) -> Iterator[Mapping[str, np.ndarray]]:
+        """The shard `name` as bytes by tensor name, read-only, until the block ends."""
+        if name in self._pinned:
+            yield self._pinned[name].arrays
+            return
+        with self._next(name, ask_ahead=True) as arrays:
+            yield arrays
+
+    @contextmanager
+    def _next(self, name: str, *, ask_ahead: bool) -> Iterator[dict[str, np.ndarray]]:
+        request = self._ahead if self._ahead is not None else self._ask()
+        self._ahead = None
+        lease, found, refs = fetch(request, SHARD_TIMEOUT_S + 10, f"shard {name}")
+        try:
+            if found != name:
+                raise ActorFailure(f"the loader gave {found} where {name} was due")
+            arrays: dict[str, np.ndarray] = {}
+            for piece in ray.get(refs, timeout=SHARD_TIMEOUT_S):
+                arrays.update(piece)
+            if ask_ahead:
+                self._ahead = self._ask()
+            yield arrays
+            arrays.clear()
+        finally:
+            del refs
+            self._loader.release.remote(lease)
+
+    def _ask(self) -> Any:
+        return self._loader.next.remote(SHARD_TIMEOUT_S)

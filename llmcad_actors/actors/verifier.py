@@ -1,0 +1,46 @@
+"""The verifier process: the streamed target behind an actor. A method unpacks, calls, returns."""
+
+from pathlib import Path
+from typing import Any
+
+from llmcad_actors.actors.shards import LeasedShards
+from llmcad_actors.config import VerifierSpec
+from llmcad_actors.messages import pack, unpack
+from llmcad_actors.storage.checkpoint import Checkpoint
+from llmcad_actors.storage.layout import layout_of
+
+
+class VerifierActor:
+    def __init__(self, spec: bytes, loader: Any) -> None:
+        import torch  # here, not above: the process that starts the actors knows this class, and has no torch
+
+        from llmcad_actors.models.target import Target
+        from llmcad_actors.models.tensors import compute_dtype
+
+        setup: VerifierSpec = unpack(spec)
+        torch.set_num_threads(setup.threads)
+        self._path = Path(setup.path)
+        checkpoint = Checkpoint.open(self._path)
+        layout = layout_of(checkpoint)
+        self._source = LeasedShards(loader)
+        self._pinned = [spec for spec in layout.shards if spec.name in setup.pinned]
+        dtype = compute_dtype(checkpoint.dtype, setup.dtype)
+        self._target = Target(checkpoint, layout, self._source, dtype=dtype, capacity=setup.capacity)
+
+    def ready(self) -> None:
+        """Returns when the actor is up; raises what its construction raised."""
+
+    def pin(self) -> int:
+        """Take the pinned shards from the loader; returns their bytes."""
+        return self._source.pin(self._pinned)
+
+    def tokenizer_json(self) -> str:
+        from llmcad_actors.models.tokenizer import auto_tokenizer_json
+
+        return auto_tokenizer_json(self._path)
+
+    def begin(self, prompt: bytes, stop_tokens: bytes) -> int:
+        return self._target.begin(unpack(prompt), unpack(stop_tokens))
+
+    def verify(self, tree: bytes) -> bytes:
+        return pack(self._target.verify(unpack(tree)))

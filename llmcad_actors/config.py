@@ -1,0 +1,123 @@
+"""Settings: frozen values, read from YAML with unknown keys refused, and the specs that actors are built from."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmcad_actors.errors import ConfigError
+
+BUILDERS = ("best-first", "pacer")
+FALLBACKS = ("marginal", "adaptive", "fixed-depth", "fixed-tree", "token-confidence")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything an engine needs to know before it starts. `ConfigError` names a setting that cannot be."""
+
+    target: str
+    draft: str | None = None  # a directory, or None: no draft, one token a pass
+    memory: str = "75%"  # cap on all that llmcad adds to the machine: "1.5GB", "512MiB", "75%" of RAM
+    dtype: str = "auto"  # compute in the stored type, or "float32", "bfloat16"
+    max_nodes: int = 128  # tree nodes verified in one pass at most
+    max_context: int | None = None  # tokens of prompt and output planned for; default: the model's, 2048 at most
+    builder: str = "best-first"
+    fallback: str = "adaptive"
+    depth: int = 4  # of fixed-depth
+    widths: tuple[int, ...] = (1, 1, 3, 1, 1, 1, 1, 1)  # of fixed-tree
+    alpha: float = 0.01  # of adaptive
+    threshold: float = 0.4  # of token-confidence
+    provisional: bool = True  # go on drafting while a pass runs
+    batch: int = 8  # tree nodes a draft step runs
+    children: int = 16  # candidates kept of each
+    threads: int | None = None  # of the verifier; default: the cores
+    draft_threads: int | None = None  # default: 1 for a small draft, else the cores
+    read_threads: int = 4
+    chunk_bytes: int = 8 << 20  # one read request
+    piece_bytes: int = 32 << 20  # one object in the store
+    read_limit: str | None = None  # "400MB/s": hold the reads to a rate
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("builder", self.builder, BUILDERS)
+        _one_of("fallback", self.fallback, FALLBACKS)
+        for name in ("max_nodes", "batch", "children", "depth", "read_threads", "chunk_bytes", "piece_bytes"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("max_context", "threads", "draft_threads"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        if not self.widths or min(self.widths) < 1:
+            raise ConfigError(f"widths: {self.widths} must be one or more numbers above 0, such as 1,1,3,1")
+        for name in ("alpha", "threshold"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} must lie between 0 and 1")
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Settings of a YAML file, by `EngineConfig` field. Raises `ConfigError` for an unknown key."""
+    try:
+        data = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML: {error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: expected `setting: value` lines")
+    known = sorted(field.name for field in dataclasses.fields(EngineConfig))
+    for key in data:
+        if key not in known:
+            raise ConfigError(f"{file}: unknown setting {key!r}; known: {', '.join(known)}")
+    if isinstance(data.get("widths"), list):
+        data["widths"] = tuple(data["widths"])
+    return data
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}: {value!r} is not known; choose one of {', '.join(known)}")
+
+
+def _at_least(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}: {value!r} must be a whole number of at least {least}")
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderSpec:
+    path: str
+    pinned: tuple[str, ...]
+    window_bytes: int
+    piece_bytes: int
+    chunk_bytes: int
+    threads: int
+    rate_limit: float | None  # bytes per second
+
+
+@dataclass(frozen=True, slots=True)
+class VerifierSpec:
+    path: str
+    pinned: tuple[str, ...]
+    dtype: str
+    threads: int
+    capacity: int  # rows of the key/value cache
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSpec:
+    path: str
+    dtype: str
+    threads: int
+    vocab: int
+    context: int
+    slots: int  # tree nodes whose keys and values the draft holds
+    builder: str
+    max_nodes: int
+    batch: int
+    children: int
+    widths: tuple[int, ...]
+    slice_steps: int  # draft steps of one slice of provisional growth

@@ -1,0 +1,156 @@
+"""The byte budget: how a memory cap is split, before anything starts.
+
+    cap >= overhead + draft weights + draft KV + target resident + target KV + activations
+           + window + read buffers + slack + pinned shards
+
+Target weights come in shards, in the order of the pass. The window holds those under way: the one the verifier
+computes with and the next one being read, so room for the two largest streamed shards. Pinned shards are loaded
+through it too, so it is never smaller than the largest shard of all. What is left pins whole shards for good: a
+cyclic scan makes LRU useless, a fixed set saves exactly its bytes every pass.
+
+Which shards: spread evenly through the pass, so that reading goes on while a pinned shard computes. A shard bigger
+than most (the head, as a rule) may go first: pinning it also shrinks the window, which often lets more be pinned
+in all. Every such choice is priced, and the one that streams least wins; as a larger cap allows every choice that
+a smaller one does, more memory never streams more.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from llmcad_actors.core.sizes import format_size, parse_rate, parse_size
+from llmcad_actors.errors import MemoryCapError
+
+__all__ = ["BudgetInputs", "MemoryPlan", "Shard", "format_size", "parse_rate", "parse_size", "plan", "smallest_cap"]
+
+STORE_SLACK_BYTES = 4 << 20  # of the object store: headers and alignment of its objects
+NUM_READ_BUFFERS = 2
+_MB = 10**6
+
+Shard = tuple[str, int, int]
+"""Name, bytes, bytes of the largest piece read at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetInputs:
+    """What each part takes, in bytes."""
+
+    overhead_bytes: int  # processes and the runtime, without weights
+    draft_weights: int
+    draft_kv: int
+    target_resident: int  # final norm and the like
+    target_kv: int
+    activations: int
+    shards: tuple[Shard, ...]  # all layers in the order of the pass, then the head
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """A cap, split. All sizes in bytes."""
+
+    cap_bytes: int
+    overhead_bytes: int
+    draft_weights_bytes: int
+    draft_kv_bytes: int
+    target_resident_bytes: int
+    target_kv_bytes: int
+    activations_bytes: int
+    read_buffers_bytes: int
+    slack_bytes: int
+    window_bytes: int
+    pinned_bytes: int
+    bytes_per_pass: int  # streamed, every pass
+    pinned: tuple[str, ...]  # shard names, in the order of the pass
+    streamed: tuple[str, ...]
+
+    @property
+    def store_bytes(self) -> int:
+        """Capacity of the object store: shards on their way. Pinned ones move into the verifier's own memory."""
+        return self.window_bytes + self.slack_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(size for _, size in self.rows())
+
+    @property
+    def spare_bytes(self) -> int:
+        """Less than a whole shard would need."""
+        return self.cap_bytes - self.total_bytes
+
+    def rows(self) -> tuple[tuple[str, int], ...]:
+        """(part, bytes), for a table."""
+        return (
+            ("runtime", self.overhead_bytes),
+            ("draft weights", self.draft_weights_bytes),
+            ("draft cache", self.draft_kv_bytes),
+            ("target, always resident", self.target_resident_bytes),
+            ("target cache", self.target_kv_bytes),
+            ("activations", self.activations_bytes),
+            ("read buffers", self.read_buffers_bytes),
+            ("store slack", self.slack_bytes),
+            ("window for streamed shards", self.window_bytes),
+            ("pinned shards", self.pinned_bytes),
+        )
+
+
+def plan(inputs: BudgetInputs, cap_bytes: int) -> MemoryPlan:
+    """The split that streams least within the cap. Raises MemoryCapError, with a table, if none fits."""
+    possible = [_split(inputs, chosen, cap_bytes) for chosen in _choices(inputs.shards)]
+    fitting = [split for split in possible if split.total_bytes <= cap_bytes]
+    if not fitting:
+        raise MemoryCapError(_refusal(min(possible, key=lambda split: split.total_bytes)))
+    return min(fitting, key=lambda split: (split.bytes_per_pass, split.total_bytes))
+
+
+def smallest_cap(inputs: BudgetInputs) -> int:
+    """The least cap that `plan` accepts, in bytes."""
+    return min(_split(inputs, chosen, 0).total_bytes for chosen in _choices(inputs.shards))
+
+
+def _choices(shards: Sequence[Shard]) -> Iterator[frozenset[int]]:
+    """Sets of shards to pin: all above some size, and any number of the others, evenly spread."""
+    sizes = sorted(nbytes for _, nbytes, _ in shards)
+    median = sizes[len(sizes) // 2] if sizes else 0
+    for least in [float("inf"), *sorted({size for size in sizes if size > median}, reverse=True)[:8]]:
+        large = [i for i, (_, nbytes, _) in enumerate(shards) if nbytes >= least]
+        others = [i for i in range(len(shards)) if i not in large]
+        for count in range(len(others) + 1):
+            yield frozenset(large + _spread(others, count))
+
+
+def _spread(items: Sequence[int], count: int) -> list[int]:
+    """`count` of the items, evenly spaced."""
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+
+
+def _split(inputs: BudgetInputs, pinned: frozenset[int], cap_bytes: int) -> MemoryPlan:
+    shards = inputs.shards
+    kept = [shard for i, shard in enumerate(shards) if i in pinned]
+    streamed = [shard for i, shard in enumerate(shards) if i not in pinned]
+    largest_two = sorted(nbytes for _, nbytes, _ in streamed)[-2:]
+    return MemoryPlan(
+        cap_bytes=cap_bytes,
+        overhead_bytes=inputs.overhead_bytes,
+        draft_weights_bytes=inputs.draft_weights,
+        draft_kv_bytes=inputs.draft_kv,
+        target_resident_bytes=inputs.target_resident,
+        target_kv_bytes=inputs.target_kv,
+        activations_bytes=inputs.activations,
+        read_buffers_bytes=NUM_READ_BUFFERS * max((piece for _, _, piece in shards), default=0),
+        slack_bytes=STORE_SLACK_BYTES,
+        window_bytes=max(sum(largest_two), max((nbytes for _, nbytes, _ in shards), default=0)),
+        pinned_bytes=sum(nbytes for _, nbytes, _ in kept),
+        bytes_per_pass=sum(nbytes for _, nbytes, _ in streamed),
+        pinned=tuple(name for name, _, _ in kept),
+        streamed=tuple(name for name, _, _ in streamed),
+    )
+
+
+def _refusal(least: MemoryPlan) -> str:
+    megabytes = -(-least.total_bytes // _MB)
+    table = "\n".join(f"  {part:<28}{format_size(size):>12}" for part, size in least.rows() if size)
+    return (
+        f"a memory cap of {format_size(least.cap_bytes)} is too small; the least that works is {megabytes}MB:\n"
+        f"{table}\n"
+        f"  {'in all':<28}{format_size(least.total_bytes):>12}\n"
+        f"Try --memory {megabytes}MB" + (", or a smaller draft." if least.draft_weights_bytes else ".")
+    )

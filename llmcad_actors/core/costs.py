@@ -1,0 +1,140 @@
+"""What drafting and passes cost, in seconds, and how that is learnt from what they took.
+
+A round drafts for d seconds and then makes one pass over n nodes. A pass takes as long as the slower of its two
+halves, reading the streamed weights (r seconds) and computing (b + a n). The loader reads while the draft works,
+until its window is full (w seconds of reading), so
+
+    round(d, n) = d + max(r - min(d, w), b + a n).
+
+While reading is the slower half, drafting within w costs nothing.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+_NEWEST = 0.2  # weight of a new observation at least; the first replaces the guess
+_PRIOR_ROWS = 32.0  # without other evidence, this many rows cost as much as none
+_PRIOR_VARIANCE = 64.0  # rows^2: how much spread of rows it takes to outweigh that guess
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """The costs of a round, as far as it has come."""
+
+    draft_step_s: float
+    pass_read_s: float  # r: reading a pass's streamed weights, all of them
+    pass_base_s: float  # b: computing a pass without tree nodes
+    pass_node_s: float  # a: computing one node more
+    hidden_s: float = 0.0  # w: reading that can go on while the draft works
+    drafted_s: float = 0.0  # drafting in this round so far
+
+    def pass_seconds(self, num_nodes: npt.ArrayLike) -> np.ndarray:
+        """T(n): a pass whose reading begins with it; one per entry of `num_nodes`."""
+        return np.asarray(np.maximum(self.pass_read_s, self._compute_seconds(num_nodes)))
+
+    def round_seconds(self, num_nodes: npt.ArrayLike, more_drafting_s: float = 0.0) -> np.ndarray:
+        """The whole round, if `num_nodes` are submitted after `more_drafting_s`."""
+        drafting = self.drafted_s + more_drafting_s
+        reading = self.pass_read_s - min(drafting, self.hidden_s)
+        return np.asarray(drafting + np.maximum(reading, self._compute_seconds(num_nodes)))
+
+    def _compute_seconds(self, num_nodes: npt.ArrayLike) -> np.ndarray:
+        return self.pass_base_s + self.pass_node_s * np.asarray(num_nodes, np.float64)
+
+
+class Drafting(Protocol):
+    """What `CostModel` reads of a submission. Protocols, because messages know the core, not the other way."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+
+class PassTimes(Protocol):
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def stall_s(self) -> float: ...
+
+    @property
+    def compute_s(self) -> float: ...
+
+    @property
+    def rows(self) -> int: ...
+
+
+class Verdict(Protocol):
+    @property
+    def stats(self) -> PassTimes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Exponentially fading averages, and a line through computing time over rows. Starts from guesses."""
+
+    window_share: float = 0.0  # part of a pass's streamed bytes that the loader's window holds
+    draft_step_s: float = 0.01
+    read_s: float = 1.0
+    mean_rows: float = 32.0
+    mean_compute_s: float = 0.1
+    variance: float = 0.0  # of rows
+    covariance: float = 0.0  # of rows and computing seconds
+    num_steps: int = 0
+    num_passes: int = 0
+
+    def observe_step(self, seconds: float) -> Self:
+        """One draft step."""
+        fresh = _weight(self.num_steps)
+        mean = self.draft_step_s + fresh * (seconds - self.draft_step_s)
+        return replace(self, draft_step_s=mean, num_steps=self.num_steps + 1)
+
+    def observe_pass(self, rows: int, seconds: float, read_seconds: float, compute_seconds: float) -> Self:
+        """One pass. `read_seconds`: the disk's, for all its bytes; a pass that waits shows the true reading time."""
+        fresh = _weight(self.num_passes)
+        reading = max(read_seconds, seconds) if seconds > 1.05 * compute_seconds else read_seconds
+        off_rows, off_compute = rows - self.mean_rows, compute_seconds - self.mean_compute_s
+        return replace(
+            self,
+            read_s=self.read_s + fresh * (reading - self.read_s),
+            mean_rows=self.mean_rows + fresh * off_rows,
+            mean_compute_s=self.mean_compute_s + fresh * off_compute,
+            variance=(1 - fresh) * (self.variance + fresh * off_rows**2),
+            covariance=(1 - fresh) * (self.covariance + fresh * off_rows * off_compute),
+            num_passes=self.num_passes + 1,
+        )
+
+    def after(self, drafting: Drafting, verdict: Verdict) -> Self:
+        """The model after a round. The coordinator does not see the disk, so reading shows in the waits only."""
+        model, times = self, verdict.stats
+        if drafting.steps:
+            model = model.observe_step(drafting.seconds / drafting.steps)
+        hidden = min(drafting.seconds, self.window_share * self.read_s)
+        took = times.seconds + hidden if times.stall_s > 0.05 * times.seconds else times.seconds
+        return model.observe_pass(times.rows, took, min(self.read_s, took), times.compute_s)
+
+    def costs(self, drafted_s: float = 0.0) -> Costs:
+        slope = self._seconds_per_row()
+        return Costs(
+            draft_step_s=self.draft_step_s,
+            pass_read_s=self.read_s,
+            pass_base_s=self.mean_compute_s - slope * (self.mean_rows - 1),  # the root is a row too
+            pass_node_s=slope,
+            hidden_s=self.window_share * self.read_s,
+            drafted_s=drafted_s,
+        )
+
+    def _seconds_per_row(self) -> float:
+        """Least squares with a prior, kept where neither a row nor a pass without rows has a negative cost."""
+        guess = self.mean_compute_s / (self.mean_rows + _PRIOR_ROWS)
+        slope = (self.covariance + _PRIOR_VARIANCE * guess) / (self.variance + _PRIOR_VARIANCE)
+        return min(max(slope, 0.0), self.mean_compute_s / max(self.mean_rows, 1.0))
+
+
+def _weight(num_before: int) -> float:
+    return max(_NEWEST, 1.0 / (num_before + 1))

@@ -1,0 +1,182 @@
+"""Fallback policies: when to stop drafting and call the target (paper, section 3).
+
+A policy is a value. After each draft step it answers `should_verify`; after a verdict it returns its successor. It
+knows the facts of a growing tree and the costs of a round, and no model.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, Self
+
+import numpy as np
+
+from llmcad_actors.core.calibration import Calibration
+from llmcad_actors.core.costs import Costs
+from llmcad_actors.core.fixed_expansion import SPECINFER_WIDTHS
+from llmcad_actors.core.growth import Growth
+from llmcad_actors.core.tree import ROOT, TokenTree, is_below
+
+_LEAST_CONFIDENCE = 1e-9
+_ALPHA_RANGE = (1e-9, 0.999)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a submitted tree."""
+
+    tree: TokenTree
+    path: tuple[int, ...]  # accepted nodes
+    confidence: float  # T_c when the tree was submitted
+    best_branch: tuple[int, ...]  # of the branches that agree longest with the target, the longest
+
+    @property
+    def num_all(self) -> int:
+        """The paper's N_all: tokens on the branch that matched best."""
+        return len(self.best_branch)
+
+    @property
+    def num_correct(self) -> int:
+        """The paper's N_correct: tokens on it that the target accepted."""
+        return len(self.path)
+
+
+def outcome_of(tree: TokenTree, path: tuple[int, ...], confidence: float) -> Outcome:
+    """The accepted path is a prefix of the branch that matched best, which may go on below it."""
+    end = path[-1] if path else ROOT
+    below = np.flatnonzero(is_below(tree.parents, end))
+    leaf = int(below[np.argmax(tree.depths[below])]) if len(below) else end
+    return Outcome(tree, path, confidence, tree.path(leaf))
+
+
+class Policy(Protocol):
+    def should_verify(self, growth: Growth, costs: Costs) -> bool:
+        """Whether to hand the tree over now, or to draft one step more."""
+
+    def choose_nodes(self, cumulative: np.ndarray, costs: Costs) -> int:
+        """How many of the nodes, given by descending cumulative probability, to submit."""
+
+    def after(self, outcome: Outcome) -> Self:
+        """The policy for the next round."""
+
+
+class _SubmitsAll:
+    """What most policies share: every grown node is submitted, and nothing is learnt."""
+
+    __slots__ = ()
+
+    def choose_nodes(self, cumulative: np.ndarray, costs: Costs) -> int:
+        return len(cumulative)
+
+    def after(self, outcome: Outcome) -> Self:
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptiveConfidence(_SubmitsAll):
+    """The paper's policy: verify once no branch is more probable than alpha, which follows the verdicts.
+
+    All right: alpha halves. Else alpha is divided by x ** ((N_all - N_correct) / N_all), which raises it. The
+    formula's x is T_c ("power"); the paper's prose says the average cumulative confidence of the tokens from the
+    wrong one on ("average").
+    """
+
+    alpha: float = 0.01
+    reading: Literal["power", "average"] = "power"
+
+    def should_verify(self, growth: Growth, costs: Costs) -> bool:
+        return growth.exhausted or growth.best_frontier < self.alpha
+
+    def after(self, outcome: Outcome) -> Self:
+        if not outcome.num_all:
+            return self
+        alpha = 0.5 * self.alpha
+        if outcome.num_correct < outcome.num_all:
+            wrong_share = (outcome.num_all - outcome.num_correct) / outcome.num_all
+            alpha = self.alpha / max(self._divisor(outcome), _LEAST_CONFIDENCE) ** wrong_share
+        return replace(self, alpha=float(np.clip(alpha, *_ALPHA_RANGE)))
+
+    def _divisor(self, outcome: Outcome) -> float:
+        if self.reading == "power":
+            return outcome.confidence
+        wrong = list(outcome.best_branch[outcome.num_correct :])
+        return float(np.exp(outcome.tree.cumulative[wrong]).mean())
+
+
+@dataclass(frozen=True, slots=True)
+class FixedDepth(_SubmitsAll):
+    """Plain speculative decoding: verify at a fixed depth."""
+
+    depth: int = 4
+
+    def should_verify(self, growth: Growth, costs: Costs) -> bool:
+        return growth.exhausted or growth.depth >= self.depth
+
+
+@dataclass(frozen=True, slots=True)
+class FixedTree(_SubmitsAll):
+    """SpecInfer: verify when the tree has its fixed shape (`FixedExpansion` with the same widths grows it)."""
+
+    widths: tuple[int, ...] = SPECINFER_WIDTHS
+
+    def should_verify(self, growth: Growth, costs: Costs) -> bool:
+        return growth.exhausted
+
+
+@dataclass(frozen=True, slots=True)
+class TokenConfidence(_SubmitsAll):
+    """Big Little Decoder's fallback: verify when the draft is unsure of its newest token, or deep enough."""
+
+    threshold: float = 0.4
+    max_depth: int = 16
+
+    def should_verify(self, growth: Growth, costs: Costs) -> bool:
+        return growth.exhausted or growth.last_confidence < self.threshold or growth.depth >= self.max_depth
+
+
+@dataclass(frozen=True, slots=True)
+class MarginalThroughput:
+    """Ours: draft on while the next step raises the tokens per second expected of the round.
+
+    A pass over the n best nodes yields A = 1 + p_1 + ... + p_n tokens (the bonus, and each node with its
+    calibrated probability) in a round of R seconds (`Costs.round_seconds`: drafting so far, and the pass). One
+    step more is expected to yield A + g in R + c seconds, where c is what of the step is not hidden behind
+    reading, plus the computing of the nodes it adds. It pays when
+
+        (A + g) / (R + c) > A / R,   that is   g / c > A / R :
+
+    when it buys tokens at a better rate than the round has. Steps gain less and less (the best candidates go
+    first), so the first step that does not pay ends the drafting: the ratio is unimodal. A step that is hidden
+    altogether (c = 0) pays as long as it gains anything at all. Nodes carry at most `best_frontier` each, so a
+    gain of g takes at least g / best_frontier of them.
+    """
+
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def should_verify(self, growth: Growth, costs: Costs) -> bool:
+        if growth.exhausted:
+            return True
+        probabilities = self.calibration.apply(growth.cumulative)
+        count = _best_count(probabilities, costs)
+        tokens = 1.0 + float(probabilities[:count].sum())
+        now = tokens / costs.round_seconds(count)
+        nodes = count + growth.next_gain / max(growth.best_frontier, _LEAST_CONFIDENCE)
+        later = (tokens + self._gain(growth)) / costs.round_seconds(nodes, costs.draft_step_s)
+        return bool(later <= now)
+
+    def choose_nodes(self, cumulative: np.ndarray, costs: Costs) -> int:
+        return _best_count(self.calibration.apply(cumulative), costs)
+
+    def after(self, outcome: Outcome) -> Self:
+        accepted = np.zeros(len(outcome.tree), np.bool_)
+        accepted[list(outcome.path)] = True
+        return replace(self, calibration=self.calibration.observe(np.exp(outcome.tree.cumulative), accepted))
+
+    def _gain(self, growth: Growth) -> float:
+        """The draft's estimate, corrected as the probability of the best frontier node is."""
+        corrected = float(self.calibration.apply(np.array([growth.best_frontier]))[0])
+        return growth.next_gain * corrected / max(growth.best_frontier, _LEAST_CONFIDENCE)
+
+
+def _best_count(probabilities: np.ndarray, costs: Costs) -> int:
+    """n that maximises (1 + p_1 + ... + p_n) / round(n): CaDDTree's rule, unimodal as a round is convex in n."""
+    tokens = 1.0 + np.concatenate([[0.0], np.cumsum(probabilities)])
+    return int(np.argmax(tokens / costs.round_seconds(np.arange(len(tokens)))))

@@ -1,0 +1,89 @@
+"""The decode loop: grow, verify, emit. Start here.
+
+    grow     the draft grows a token tree until the policy says that checking it pays
+    verify   one pass of the target checks the whole tree; the draft goes on growing meanwhile
+    emit     the accepted path and the target's own next token go to the caller
+
+Every emitted token is the target's own choice, so the draft decides only how many come out of a pass.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from llmcad_actors.core.costs import CostModel
+from llmcad_actors.core.fallback import Policy, outcome_of
+from llmcad_actors.core.stats import Stats
+from llmcad_actors.core.tree import TokenTree
+from llmcad_actors.messages import Event, Finished, Grown, Provisional, Request, Submission, Tokens, Verdict
+from llmcad_actors.ports import Clock, Drafter, Verifier
+
+NO_TREE = Submission(TokenTree.empty(), confidence=1.0, steps=0, drafted=0, seconds=0.0, head_start=False)
+NOTHING_AHEAD = Grown(steps=0, drafted=0, can_go_on=False)
+
+
+async def decode(
+    request: Request,
+    drafter: Drafter | None,
+    verifier: Verifier,
+    policy: Policy,
+    clock: Clock,
+    emit: Callable[[Event], None],
+) -> None:
+    """Run one request to its end. Without a drafter every pass yields one token: the plain baseline."""
+    started, stats, costs, left = clock.now(), Stats(), CostModel(), request.max_new_tokens
+    verdict, ahead = None, NOTHING_AHEAD
+    await verifier.begin(request.prompt, request.stop_tokens)
+    if drafter is not None:
+        await drafter.begin(request.prompt)
+    while True:
+        grown = NO_TREE if drafter is None else await drafter.grow(verdict, policy, costs.costs())
+        emit(Provisional(most_probable_path(grown.tree)))
+        was_ahead = ahead.steps > 0
+        verdict, ahead = await verify_while_growing(grown.tree, verifier, drafter if request.provisional else None)
+
+        policy = policy.after(outcome_of(grown.tree, verdict.path, grown.confidence))
+        costs = costs.after(grown, verdict)
+        ids = new_tokens(grown.tree, verdict)[:left]
+        left -= len(ids)
+        stats = stats.after_pass(
+            seconds=clock.now() - started,
+            new_tokens=len(ids),
+            draft_steps=grown.steps + ahead.steps,
+            drafted_tokens=grown.drafted + ahead.drafted,
+            verified_nodes=len(grown.tree),
+            accepted_tokens=len(verdict.path),
+            is_hit=grown.head_start if was_ahead else None,
+            compute_s=verdict.stats.compute_s,
+            stall_s=verdict.stats.stall_s,
+        )
+        emit(Tokens(ids, stats))
+        if verdict.stopped or left == 0:
+            emit(Finished("stop" if verdict.stopped else "length", stats))
+            return
+
+
+async def verify_while_growing(tree: TokenTree, verifier: Verifier, drafter: Drafter | None) -> tuple[Verdict, Grown]:
+    """One pass; as long as it runs, the draft grows beyond the submitted tree, slice by slice."""
+    ahead = Grown(steps=0, drafted=0, can_go_on=drafter is not None)
+    checking = asyncio.ensure_future(verifier.verify(tree))
+    try:
+        while drafter is not None and ahead.can_go_on and not checking.done():
+            ahead = ahead.plus(await drafter.extend())
+        return await checking, ahead
+    finally:
+        checking.cancel()
+
+
+def new_tokens(tree: TokenTree, verdict: Verdict) -> tuple[int, ...]:
+    """What a pass yields: the accepted path and the target's own next token."""
+    return (*tree.tokens[list(verdict.path)].tolist(), verdict.bonus)
+
+
+def most_probable_path(tree: TokenTree) -> tuple[int, ...]:
+    """The tokens that the draft would bet on: from the root down, always the likeliest child."""
+    node, tokens = -1, []
+    while children := tree.children(node):
+        node = max(children, key=lambda child: float(tree.logprobs[child]))
+        tokens.append(int(tree.tokens[node]))
+    return tuple(tokens)
+

@@ -1,0 +1,200 @@
+"""The resident draft model and the tree it grows.
+
+One linear key/value cache serves the whole tree (LLMCad, section on token tree generation): a mask row lets a node
+see the committed prefix, its own ancestors and itself, so moving between branches costs nothing. Which nodes to run
+next is the builder's business; when to hand over is the policy's.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from llmcad_actors.core.costs import Costs
+from llmcad_actors.core.fallback import Policy
+from llmcad_actors.core.growth import TreeBuilder
+from llmcad_actors.messages import Grown, Submission, Verdict
+from llmcad_actors.models.kv_cache import TreeCache
+from llmcad_actors.models.target import common_prefix
+
+
+class DraftModel:
+    """The model with its tree-masked cache: rows in, candidates out."""
+
+    def __init__(
+        self, path: Path, *, dtype: torch.dtype, vocab: int, context: int, slots: int, children: int
+    ) -> None:
+        """`vocab`: ids at or above it are never proposed (padded vocabularies).
+
+        context, slots: rows of the cache for the committed prefix and for tree nodes.
+        """
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+        self._base = self._model.base_model
+        self._head = self._model.get_output_embeddings()
+        self._vocab = min(vocab, self._model.config.get_text_config().vocab_size)
+        self.slots = slots
+        self._children = min(children, self._vocab)
+        self._mask_dtype = dtype
+        self.cache = TreeCache(self._model.config.get_text_config().num_hidden_layers, context + slots)
+        self._hidden_value = torch.finfo(dtype).min
+        self._ancestors = torch.full((slots, slots), self._hidden_value, dtype=dtype)
+
+    @torch.inference_mode()
+    def run_prefix(self, tokens: Sequence[int], start: int) -> tuple[np.ndarray, np.ndarray]:
+        """Run consecutive tokens at positions start, ...; candidates [1, children] of the last one."""
+        rows = len(tokens)
+        mask = torch.zeros(rows, start + rows, dtype=self._mask_dtype)
+        mask[:, start:].masked_fill_(torch.ones(rows, rows, dtype=torch.bool).triu_(1), self._hidden_value)
+        hidden = self._forward(tokens, range(start, start + rows), mask)
+        return self._candidates(hidden[-1:])
+
+    @torch.inference_mode()
+    def run_nodes(
+        self, tokens: np.ndarray, positions: np.ndarray, parents: np.ndarray, committed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Run tree nodes whose parents sit in slots `parents` (-1: the root); candidates [nodes, children]."""
+        first, rows = self.cache.length - committed, len(tokens)
+        used = first + rows
+        self._ancestors[:used, first:used] = self._hidden_value  # older nodes do not see newer ones
+        own = self._ancestors[first:used, :used]
+        own[:, :first] = self._hidden_value
+        inner = torch.from_numpy(np.flatnonzero(parents >= 0))
+        own[inner, :first] = self._ancestors[torch.from_numpy(parents[parents >= 0]), :first]
+        own[:, first:].fill_diagonal_(0)
+        mask = torch.zeros(rows, committed + used, dtype=self._mask_dtype)
+        mask[:, committed:] = own
+        return self._candidates(self._forward(tokens, positions, mask))
+
+    @torch.inference_mode()
+    def keep(self, committed: int, slots: np.ndarray, new_committed: int) -> None:
+        """Keep the first `committed` rows and then `slots` (ascending); the leading ones join the prefix."""
+        self.cache.keep(committed, (committed + slots).tolist())
+        tree = torch.from_numpy(slots[new_committed - committed :])
+        if len(tree):
+            self._ancestors[: len(tree), : len(tree)] = self._ancestors[tree][:, tree]
+
+    def _forward(
+        self, tokens: Sequence[int] | np.ndarray, positions: object, mask: torch.Tensor
+    ) -> torch.Tensor:
+        output = self._base(
+            input_ids=torch.as_tensor(np.asarray(tokens, dtype=np.int64))[None],
+            attention_mask=mask[None, None],
+            position_ids=torch.as_tensor(np.asarray(positions, dtype=np.int64))[None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def _candidates(self, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        logits = self._head(hidden)[:, : self._vocab].float()
+        values, tokens = logits.topk(self._children, dim=-1)
+        return tokens.numpy(), (values - logits.logsumexp(dim=-1, keepdim=True)).numpy()
+
+
+class Draft:
+    """A drafting session: committed tokens, the builder's tree, and which slot each tree node sits in."""
+
+    def __init__(self, model: DraftModel, builder: TreeBuilder, *, batch: int, max_positions: int) -> None:
+        """`batch`: nodes a step runs at most; `max_positions`: the draft's context, beyond which it is silent."""
+        self._model = model
+        self._builder = builder
+        self._batch = batch
+        self._max_positions = max_positions
+        self._tokens: list[int] = []
+        self._committed = 0  # cache rows of the prefix; equals len(tokens) once the root has been run
+        self._slots = np.empty(0, dtype=np.int64)  # by builder node; -1: not run
+        self._submitted = np.empty(0, dtype=np.int64)  # builder nodes of the tree under verification
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """Start on a prompt; the cached prefix it shares with the previous one is kept."""
+        shared = common_prefix(self._tokens[: self._committed], prompt[:-1])
+        self._model.cache.keep(shared, ())
+        self._committed, self._tokens = shared, list(prompt)
+        self._builder.reset()
+
+    def grow(self, verdict: Verdict | None, policy: Policy, costs: Costs) -> Submission:
+        """Commit `verdict`, then grow until the policy says verify."""
+        head_start = self._commit(verdict) if verdict is not None else False
+        started, steps, drafted = time.perf_counter(), 0, 0
+        while not self._is_done(policy, costs, time.perf_counter() - started):
+            run = self.step(beyond=False)
+            if not run:
+                break
+            steps, drafted = steps + 1, drafted + run
+        confidence = self._builder.growth().best_frontier
+        tree, self._submitted = self._builder.submission()
+        seconds = time.perf_counter() - started
+        return Submission(tree, confidence, steps, drafted, seconds, head_start)
+
+    def extend(self, max_steps: int) -> Grown:
+        """Up to `max_steps` more steps beyond the submitted tree."""
+        steps = drafted = 0
+        while steps < max_steps and (run := self.step(beyond=True)):
+            steps, drafted = steps + 1, drafted + run
+        return Grown(steps, drafted, steps == max_steps)
+
+    def _is_done(self, policy: Policy, costs: Costs, seconds: float) -> bool:
+        if not self._builder.is_expanded(-1):
+            return False
+        growth = self._builder.growth()
+        return growth.exhausted or policy.should_verify(growth, replace(costs, drafted_s=seconds))
+
+    def step(self, *, beyond: bool) -> int:
+        """One forward pass of the draft; returns the nodes it ran, 0 when there is nothing left to run."""
+        root = len(self._tokens) - 1
+        room = self._model.slots - (self._model.cache.length - self._committed)
+        nodes = np.asarray(self._builder.next_nodes(min(self._batch, room), beyond=beyond), dtype=np.int64)
+        if len(nodes) and nodes[0] == -1:
+            return self._run_root(root)
+        return self._run_nodes(nodes[root + self._builder.rows(nodes)[2] < self._max_positions], root)
+
+    def _run_root(self, root: int) -> int:
+        if root >= self._max_positions:
+            return 0
+        tokens, logprobs = self._model.run_prefix(self._tokens[self._committed :], self._committed)
+        self._committed = len(self._tokens)
+        self._builder.expand([-1], tokens, logprobs)
+        self._slots = np.full(len(self._builder), -1, dtype=np.int64)
+        return 1
+
+    def _run_nodes(self, nodes: np.ndarray, root: int) -> int:
+        if not len(nodes):
+            return 0
+        tokens, parents, depths = self._builder.rows(nodes)
+        parent_slots = np.where(parents >= 0, self._slots[parents], -1)
+        first = self._model.cache.length - self._committed
+        candidates = self._model.run_nodes(tokens, root + depths, parent_slots, self._committed)
+        self._slots[nodes] = np.arange(first, first + len(nodes))
+        self._builder.expand(nodes.tolist(), *candidates)
+        grown = len(self._builder) - len(self._slots)
+        self._slots = np.concatenate([self._slots, np.full(grown, -1, dtype=np.int64)])
+        return len(nodes)
+
+    def _commit(self, verdict: Verdict) -> bool:
+        """Move to the verdict's bonus token; True when the draft had already run it (a head start)."""
+        path = self._submitted[list(verdict.path)]
+        self._tokens += [*self._builder.rows(path)[0].tolist(), verdict.bonus]
+        run = [int(slot) for slot in self._slots[path] if slot >= 0]
+        parent = int(path[-1]) if len(path) else -1
+        bonus = self._builder.find(parent, verdict.bonus) if self._builder.is_expanded(parent) else None
+        committed = self._committed
+        if bonus is None or not self._builder.is_expanded(bonus):
+            self._builder.reset()
+            self._model.keep(committed, np.asarray(run, dtype=np.int64), committed + len(run))
+            self._committed = committed + len(run)
+            return False
+        prefix = [*run, int(self._slots[bonus])]
+        self._slots = self._slots[self._builder.reroot(bonus)]
+        survivors = np.flatnonzero(self._slots >= 0)
+        order = survivors[np.argsort(self._slots[survivors])]
+        self._committed = committed + len(prefix)
+        self._model.keep(
+            committed, np.asarray([*prefix, *self._slots[order]], dtype=np.int64), self._committed
+        )
+        self._slots[order] = np.arange(len(order))
+        return True

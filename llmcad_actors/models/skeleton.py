@@ -1,0 +1,94 @@
+"""A transformers model without weights: parameters on the meta device, buffers real.
+
+Each decoder layer borrows its weights while it runs (`borrowed`) and keeps none afterwards. The skeleton does not
+know where weights come from, nor what a tree is.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules made inside have meta parameters; buffers are computed as ever (rotary tables, masks)."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(module, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def build_skeleton(path: Path, dtype: torch.dtype) -> nn.Module:
+    """The model of the checkpoint at `path`, in eval mode, computing in `dtype`, holding no weights."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    with parameters_on_meta():
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+class Slots:
+    """Where the parameters of one module tree live, by dotted name; weights are put in and taken out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._slots = {
+            f"{prefix}.{name}" if prefix else name: (owner, name)
+            for prefix, owner in module.named_modules(remove_duplicate=False)
+            for name in owner._parameters
+        }
+        self._empty = {key: owner._parameters[name] for key, (owner, name) in self._slots.items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: tuple(param.shape) for key, param in self._empty.items() if param is not None}
+
+    def fill(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for key, tensor in weights.items():
+            owner, name = self._slots[key]
+            owner._parameters[name] = tensor  # type: ignore[assignment]
+
+    def clear(self) -> None:
+        for key, (owner, name) in self._slots.items():
+            owner._parameters[name] = self._empty[key]
+
+    @contextlib.contextmanager
+    def borrowed(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Weights [name -> tensor] are in place inside the block, and gone after it even when it raises."""
+        self.fill(weights)
+        try:
+            yield
+        finally:
+            self.clear()
+
+
+def stream_layers(
+    layers: nn.ModuleList,
+    weights_of: Callable[[int], contextlib.AbstractContextManager[Mapping[str, torch.Tensor]]],
+) -> None:
+    """Make every layer run its forward inside `weights_of(index)`, which lends it its weights."""
+    for index, layer in enumerate(layers):
+        layer.forward = _streamed(index, layer.forward, Slots(layer), weights_of)
+
+
+def _streamed(
+    index: int,
+    forward: Callable[..., Any],
+    slots: Slots,
+    weights_of: Callable[[int], contextlib.AbstractContextManager[Mapping[str, torch.Tensor]]],
+) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with weights_of(index) as weights, slots.borrowed(weights):
+            return forward(*args, **kwargs)
+
+    return run

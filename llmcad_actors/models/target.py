@@ -1,0 +1,191 @@
+"""The target: one streamed pass checks a whole token tree.
+
+Rows of a pass are the committed tokens that the cache does not hold yet (the whole prompt at first, then only the
+root), followed by the tree's nodes, padded to a few fixed sizes. The target knows nothing of actors; weights come
+from a `ShardSource`.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from llmcad_actors.core.acceptance import walk
+from llmcad_actors.core.tree import TokenTree
+from llmcad_actors.errors import CheckpointError
+from llmcad_actors.messages import PassStats, Verdict
+from llmcad_actors.models.embedding import EmbeddingRows
+from llmcad_actors.models.kv_cache import TreeCache
+from llmcad_actors.models.skeleton import Slots, build_skeleton, stream_layers
+from llmcad_actors.models.tensors import as_tensor
+from llmcad_actors.ports import ShardSource
+from llmcad_actors.storage.checkpoint import Checkpoint, TensorInfo
+from llmcad_actors.storage.layout import Layout
+from llmcad_actors.storage.reader import read_bytes
+
+ROW_SIZES = (16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 512)
+
+
+def padded_rows(rows: int) -> int:
+    """The number of rows a pass really runs: few sizes, so that the same matmul kernels run whatever the tree."""
+    for size in ROW_SIZES:
+        if rows <= size:
+            return size
+    return -(-rows // 256) * 256
+
+
+class Target:
+    """A checkpoint's model, its key/value cache, and the committed tokens it has seen."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        source: ShardSource,
+        *,
+        dtype: torch.dtype,
+        capacity: int,
+    ) -> None:
+        """`capacity`: rows of the cache, context plus the padded rows of the largest pass."""
+        self.layout = layout
+        self.source = source
+        self.dtype = dtype
+        self._model = model = build_skeleton(Path(checkpoint.path), dtype)
+        self._base = model.base_model
+        layers = model.get_submodule(layout.family.layers)
+        check_shapes(layers[0], layout)
+        stream_layers(layers, self._layer_weights)
+        self._embedding = self._base.get_input_embeddings()
+        self._embedding_slots = Slots(self._embedding)
+        self._rows = EmbeddingRows(layout.embedding, dtype)
+        self._head_bias = self._load_resident()
+        self._cache = TreeCache(len(layers), capacity)
+        self._tokens: list[int] = []  # committed; the last is the root, which the cache does not hold
+        self._stop: frozenset[int] = frozenset()
+        self._stall_s = 0.0
+
+    def _load_resident(self) -> torch.Tensor | None:
+        """Fill what is neither a layer nor the embedding nor the head; returns the head's bias, if there is one."""
+        slots, bias = Slots(self._model), None
+        names = slots.shapes()
+        for info in self.layout.resident:
+            name = self.layout.parameter(info.name)
+            tensor = as_tensor(read_bytes(info), info.dtype, info.shape).to(self.dtype, copy=True)
+            if name == self.layout.family.head.replace("weight", "bias"):
+                bias = tensor
+            elif name in names:
+                slots.fill({name: tensor})
+        return bias
+
+    @contextmanager
+    def _layer_weights(self, index: int) -> Iterator[Mapping[str, torch.Tensor]]:
+        spec = self.layout.layers[index]
+        with self._leased(spec.name, spec.tensors) as tensors:
+            yield {self.layout.leaf(name): tensor for name, tensor in tensors.items()}
+
+    @contextmanager
+    def _leased(self, name: str, infos: Sequence[TensorInfo]) -> Iterator[dict[str, torch.Tensor]]:
+        started = time.perf_counter()
+        with self.source.lease(name) as arrays:
+            self._stall_s += time.perf_counter() - started
+            yield {i.name: as_tensor(arrays[i.name], i.dtype, i.shape).to(self.dtype) for i in infos}
+
+    def begin(self, prompt: Sequence[int], stop_tokens: Sequence[int]) -> int:
+        """Start on a prompt; returns how many of its tokens the cache holds already (a shared prefix)."""
+        held = self._tokens[: self._cache.length]
+        shared = common_prefix(held, prompt[:-1])
+        self._cache.keep(shared, ())
+        self._tokens = list(prompt)
+        self._stop = frozenset(stop_tokens)
+        return shared
+
+    @torch.inference_mode()
+    def verify(self, tree: TokenTree) -> Verdict:
+        """One pass over the uncached committed tokens and `tree`; the accepted path is committed."""
+        started, self._stall_s = time.perf_counter(), 0.0
+        cached = self._cache.length
+        pending = self._tokens[cached:]
+        hidden, rows = self._forward(pending, tree)
+        choices = self._choose(hidden[len(pending) - 1 : len(pending) + len(tree)])
+        accepted = walk(tree, choices, self._stop)
+        self._commit(tree, accepted.path, accepted.bonus, cached, len(pending))
+        seconds = time.perf_counter() - started
+        stats = PassStats(seconds, self._stall_s, seconds - self._stall_s, rows)
+        return Verdict(accepted.path, accepted.bonus, accepted.stopped, stats)
+
+    def _forward(self, pending: list[int], tree: TokenTree) -> tuple[torch.Tensor, int]:
+        """Final hidden states [rows, hidden] of the pending tokens and the tree."""
+        used = len(pending) + len(tree)
+        padding = padded_rows(used) - used
+        ids = torch.tensor([*pending, *tree.tokens.tolist(), *[0] * padding])
+        root = len(self._tokens) - 1
+        positions = np.concatenate(
+            [np.arange(self._cache.length, root + 1), root + tree.depths, np.full(padding, root)]
+        )
+        weights, local = self._rows.lookup(ids)
+        with self._embedding_slots.borrowed({"weight": weights}):
+            output = self._base(
+                input_ids=local[None],
+                attention_mask=self._mask(len(pending), tree, padding),
+                position_ids=torch.from_numpy(positions)[None],
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+        return output.last_hidden_state[0], used + padding
+
+    def _mask(self, pending: int, tree: TokenTree, padding: int) -> torch.Tensor:
+        """Additive mask [1, 1, rows, cached + rows]: pending rows are causal, nodes see prefix and ancestors."""
+        cached, rows = self._cache.length, pending + len(tree) + padding
+        visible = np.zeros((rows, cached + rows), dtype=bool)
+        visible[:, :cached] = True
+        own = visible[:, cached:]
+        own[:pending, :pending] = np.tri(pending, dtype=bool)
+        own[pending:, :pending] = True
+        used = pending + len(tree)
+        own[pending - 1 : used, pending - 1 : used] |= tree.ancestor_mask()
+        own[used:, :] |= np.eye(rows, dtype=bool)[used:]
+        mask = torch.zeros(visible.shape, dtype=self.dtype)
+        return mask.masked_fill_(torch.from_numpy(~visible), torch.finfo(self.dtype).min)[None, None]
+
+    def _choose(self, hidden: torch.Tensor) -> np.ndarray:
+        """The target's own next token after each row, int64 [rows]; ties go to the lowest id."""
+        best = torch.full((len(hidden),), -torch.inf)
+        choice = torch.zeros(len(hidden), dtype=torch.int64)
+        for spec in self.layout.head:
+            with self._leased(spec.name, spec.tensors) as tensors:
+                (weight,) = tensors.values()
+                rows = slice(spec.row_start, spec.row_start + len(weight))
+                bias = None if self._head_bias is None else self._head_bias[rows]
+                value, index = F.linear(hidden, weight, bias).float().max(dim=-1)
+            better = value > best
+            best[better], choice[better] = value[better], index[better] + spec.row_start
+        return choice.numpy()
+
+    def _commit(self, tree: TokenTree, path: Sequence[int], bonus: int, cached: int, pending: int) -> None:
+        first_node = cached + pending
+        self._cache.keep(first_node, [first_node + node for node in path])
+        self._tokens += [int(tree.tokens[node]) for node in path] + [bonus]
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many leading tokens two sequences share."""
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))
+
+
+def check_shapes(layer: torch.nn.Module, layout: Layout) -> None:
+    """The checkpoint's first layer has exactly the parameters that the architecture's layer has."""
+    expected = Slots(layer).shapes()
+    found = {layout.leaf(info.name): info.shape for info in layout.layers[0].tensors}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"layer 0: {name} is {found.get(name, 'missing')} in the checkpoint, the architecture has "
+                f"{expected.get(name, 'no such tensor')}; config.json and the weights do not belong together"
+            )

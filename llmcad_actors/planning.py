@@ -1,0 +1,185 @@
+"""From settings to a plan: what is opened, checked and laid out before any process starts. Reads headers only."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from llmcad_actors.config import DraftSpec, EngineConfig, LoaderSpec, VerifierSpec
+from llmcad_actors.core.budget import BudgetInputs, MemoryPlan, parse_rate, parse_size, plan
+from llmcad_actors.core.fallback import AdaptiveConfidence, Policy
+from llmcad_actors.errors import ConfigError
+from llmcad_actors.models.families import family_of
+from llmcad_actors.models.tokenizer import check_same_vocabulary
+from llmcad_actors.storage.checkpoint import Checkpoint
+from llmcad_actors.storage.layout import Layout, layout_of
+from llmcad_actors.storage.pieces import largest_piece
+from llmcad_actors.storage.reader import buffer_bytes
+
+DEFAULT_CONTEXT = 2048
+DRAFT_SLOTS = 2048
+"""Tree nodes whose keys and values the draft holds at once."""
+
+MB = 1_000_000
+DAEMONS = 180 * MB
+THIN_PROCESSES = 200 * MB  # the caller, the coordinator, the loader
+TORCH_PROCESS = 335 * MB
+"""Proportional set sizes after start, without weights, as `benchmarks/memory.py` measures them."""
+
+SMALL_DRAFT_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked job: everything that the actors are built from."""
+
+    config: EngineConfig
+    target: Checkpoint
+    layout: Layout
+    draft: Checkpoint | None
+    memory: MemoryPlan
+    context: int  # tokens of prompt and output together
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """End-of-text ids: the generation config's, else the model config's."""
+        eos = self.target.generation_config.get("eos_token_id", self.target.config.get("eos_token_id"))
+        if eos is None:
+            return ()
+        return tuple(eos) if isinstance(eos, list) else (int(eos),)
+
+    def policy(self) -> Policy:
+        return AdaptiveConfidence(self.config.alpha)
+
+    def loader_spec(self) -> LoaderSpec:
+        limit = parse_rate(self.config.read_limit) if self.config.read_limit else None
+        return LoaderSpec(
+            path=str(self.target.path),
+            pinned=self.memory.pinned,
+            window_bytes=self.memory.window_bytes,
+            piece_bytes=self.config.piece_bytes,
+            chunk_bytes=self.config.chunk_bytes,
+            threads=self.config.read_threads,
+            rate_limit=limit,
+        )
+
+    def verifier_spec(self) -> VerifierSpec:
+        return VerifierSpec(
+            path=str(self.target.path),
+            pinned=self.memory.pinned,
+            dtype=self.config.dtype,
+            threads=self.config.threads or cores(),
+            capacity=self.context + 2 * self.config.max_nodes + 64,
+        )
+
+    def draft_spec(self) -> DraftSpec | None:
+        if self.draft is None:
+            return None
+        config = self.config
+        small = self.draft.total_bytes < SMALL_DRAFT_BYTES
+        return DraftSpec(
+            path=str(self.draft.path),
+            dtype=config.dtype,
+            threads=config.draft_threads or (1 if small else cores()),
+            vocab=self.layout.embedding.shape[0],
+            context=min(self.context, context_of(self.draft.config)),
+            slots=DRAFT_SLOTS,
+            builder="fixed" if config.fallback in ("fixed-depth", "fixed-tree") else config.builder,
+            max_nodes=config.max_nodes,
+            batch=config.batch,
+            children=config.children,
+            widths=(1,) * config.depth if config.fallback == "fixed-depth" else config.widths,
+            slice_steps=2,
+        )
+
+
+def prepare(config: EngineConfig) -> Prepared:
+    """Open and check everything, and split the memory cap. Raises the `UserError` that says what is wrong."""
+    target = Checkpoint.open(Path(config.target))
+    layout = layout_of(target)
+    draft = Checkpoint.open(Path(config.draft)) if config.draft else None
+    if draft is not None:
+        layout_of(draft)
+        check_same_vocabulary(target.path, draft.path)
+    context = config.max_context or min(context_of(target.config), DEFAULT_CONTEXT)
+    if context > context_of(target.config):
+        raise ConfigError(
+            f"max_context: {context} is more than the target's context of {context_of(target.config)} tokens"
+        )
+    cap = parse_size(config.memory, psutil.virtual_memory().total)
+    memory = plan(budget_inputs(config, target, layout, draft, context), cap)
+    return Prepared(config, target, layout, draft, memory, context)
+
+
+def budget_inputs(
+    config: EngineConfig, target: Checkpoint, layout: Layout, draft: Checkpoint | None, context: int
+) -> BudgetInputs:
+    """What each part will take, in bytes."""
+    width = compute_bytes(target, config.dtype)
+    rows = min(context, DEFAULT_CONTEXT) + config.max_nodes
+    return BudgetInputs(
+        overhead_bytes=DAEMONS + THIN_PROCESSES + TORCH_PROCESS * (1 if draft is None else 2),
+        draft_weights=0 if draft is None else draft.total_bytes * compute_bytes(draft, config.dtype) // stored_bytes(draft),
+        draft_kv=0 if draft is None else draft_cache_bytes(draft, config, context),
+        target_resident=sum(i.nbytes for i in layout.resident) * width // stored_bytes(target) + (16 << 20),
+        target_kv=kv_bytes(target.config, context + 2 * config.max_nodes, width),
+        activations=activation_bytes(layout, target.config, rows, context, config.max_nodes, width),
+        shards=tuple(
+            (s.name, s.nbytes, buffer_bytes(largest_piece(s, config.piece_bytes))) for s in layout.shards
+        ),
+    )
+
+
+def draft_cache_bytes(draft: Checkpoint, config: EngineConfig, context: int) -> int:
+    """Keys, values and the ancestor mask of the draft."""
+    width = compute_bytes(draft, config.dtype)
+    return kv_bytes(draft.config, context + DRAFT_SLOTS, width) + DRAFT_SLOTS * DRAFT_SLOTS * width
+
+
+def kv_bytes(config: Mapping[str, Any], rows: int, width: int) -> int:
+    """Keys and values of `rows` tokens in all layers."""
+    heads = int(config.get("num_key_value_heads") or num_heads(config))
+    return 2 * family_of(config).num_layers(config) * heads * head_width(config) * rows * width
+
+
+def activation_bytes(prepared: Layout, config: Mapping[str, Any], rows: int, context: int, nodes: int, width: int) -> int:
+    """The widest moment of a pass over `rows` rows: a layer's intermediate states and the mask, or the logits."""
+    hidden = prepared.embedding.shape[1]
+    widest = max(tensor.shape[0] for tensor in prepared.layers[0].tensors)
+    states = rows * (4 * hidden + 3 * widest) * width
+    mask = rows * (context + rows) * (width + 1)
+    logits = (nodes + 1) * max(spec.tensors[0].shape[0] for spec in prepared.head) * (4 + width)
+    return max(states, logits) + mask
+
+
+def context_of(config: Mapping[str, Any]) -> int:
+    """Tokens that the model was made for."""
+    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    return DEFAULT_CONTEXT
+
+
+def num_heads(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_attention_heads") or config["n_head"])
+
+
+def head_width(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or (config.get("hidden_size") or config["n_embd"]) // num_heads(config))
+
+
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes per stored number."""
+    return 4 if checkpoint.dtype == "F32" else 2
+
+
+def compute_bytes(checkpoint: Checkpoint, asked: str) -> int:
+    """Bytes per number while computing."""
+    return {"float32": 4, "bfloat16": 2, "auto": stored_bytes(checkpoint)}[asked]
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,50 @@
+"""What the decode loop and the models ask of the world. Small protocols; the fakes in tests/ are real classes."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import numpy as np
+
+from llmcad_actors.core.costs import Costs
+from llmcad_actors.core.fallback import Policy
+from llmcad_actors.core.tree import TokenTree
+from llmcad_actors.messages import Grown, Submission, Verdict
+
+
+class Drafter(Protocol):
+    """Grows token trees with the draft model."""
+
+    async def begin(self, prompt: tuple[int, ...]) -> None:
+        """Start on a prompt; whatever was grown before is dropped."""
+
+    async def grow(self, verdict: Verdict | None, policy: Policy, costs: Costs) -> Submission:
+        """Commit `verdict` (None at the start), grow until `policy` says verify, and hand over the tree."""
+
+    async def extend(self) -> Grown:
+        """Grow provisionally for a few steps, beyond the tree that is being verified."""
+
+
+class Verifier(Protocol):
+    """Checks token trees with the target model."""
+
+    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...]) -> None:
+        """Start on a prompt."""
+
+    async def verify(self, tree: TokenTree) -> Verdict:
+        """One pass over `tree`. The accepted path and the bonus token are committed."""
+
+
+class ShardSource(Protocol):
+    """Lends the target's weights."""
+
+    def lease(self, name: str) -> AbstractContextManager[Mapping[str, np.ndarray]]:
+        """The shard `name` as bytes by tensor name (uint8, read-only), until the block ends.
+
+        Shards are asked for in the order of the pass. Raises `DeadlineError` when one does not come in time.
+        """
+
+
+class Clock(Protocol):
+    def now(self) -> float:
+        """Seconds on a monotonic clock."""

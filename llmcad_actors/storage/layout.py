@@ -1,0 +1,188 @@
+"""Cut a checkpoint into what is streamed (decoder layers, head slices) and what stays (everything small).
+
+Decided from headers alone, and checked: a missing tensor or a wrong shape is found before anything starts.
+Knows names, shapes and byte ranges; never reads a weight.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from llmcad_actors.errors import CheckpointError
+from llmcad_actors.models.families import Family, Shapes, family_of
+from llmcad_actors.storage.checkpoint import Checkpoint, TensorInfo
+
+MIN_HEAD_SLICE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """What is streamed as one unit: a decoder layer, or the head (a vocabulary slice of it)."""
+
+    name: str  # "layer.0", "head.0"
+    tensors: tuple[TensorInfo, ...]  # by (file, offset); of a head slice: its rows' range and shape
+    row_start: int = 0  # head slices: the first vocabulary row
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A checkpoint as shards. `layers` are in order of execution."""
+
+    family: Family
+    stored_base: str  # what stands for family.base in this checkpoint's tensor names
+    layers: tuple[ShardSpec, ...]
+    head: tuple[ShardSpec, ...]
+    embedding: TensorInfo
+    resident: tuple[TensorInfo, ...]  # the rest: final norm, position tables, head bias; loaded once
+    tied: bool  # the head is the embedding
+
+    def parameter(self, tensor: str) -> str:
+        """transformers' parameter name of a stored tensor name."""
+        return _parameter(self.family, self.stored_base, tensor)
+
+    def leaf(self, tensor: str) -> str:
+        """Name inside its decoder layer: "model.layers.3.mlp.up_proj.weight" -> "mlp.up_proj.weight"."""
+        index = _layer_index(self.family, self.parameter(tensor))
+        if index is None:
+            raise ValueError(f"{tensor} is in no decoder layer")
+        return index[1]
+
+    @property
+    def layer_list(self) -> str:
+        """Module name of the list of decoder layers in transformers' model: "model.layers"."""
+        return self.family.layers
+
+    @property
+    def shards(self) -> tuple[ShardSpec, ...]:
+        """One pass, in order."""
+        return (*self.layers, *self.head)
+
+    @property
+    def streamed_bytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+
+def layout_of(checkpoint: Checkpoint, family: Family | None = None, *, max_shard_bytes: int | None = None) -> Layout:
+    """Cut `checkpoint` into shards.
+
+    A head slice is at most `max_shard_bytes` (default: max(64 MiB, largest layer)).
+
+    Raises CheckpointError naming the tensor, what was found and what is expected.
+    """
+    family, config = family or family_of(checkpoint.config), checkpoint.config
+    base = family.stored_base(checkpoint.tensors)
+    named = {_parameter(family, base, name): info for name, info in checkpoint.tensors.items()}
+    embedding = _pop(named, checkpoint, family.embedding)
+    _check_shape(embedding, family.embedding_shape(config))
+    leaves, rest = _split(family, named, family.num_layers(config))
+    _check_layers(checkpoint, family, leaves)
+    layers = tuple(ShardSpec(f"layer.{i}", _sorted(each.values())) for i, each in enumerate(leaves))
+    # A stored head is used even where the config says tied: transformers unties when the values differ.
+    tied = family.is_tied(config) and family.head not in rest
+    head = embedding if tied else _pop(rest, checkpoint, family.head)
+    _check_shape(head, family.embedding_shape(config))
+    for name in family.resident:
+        _pop(dict(rest), checkpoint, name)
+    limit = max_shard_bytes or max(MIN_HEAD_SLICE_BYTES, *(layer.nbytes for layer in layers))
+    return Layout(
+        family=family,
+        stored_base=base,
+        layers=layers,
+        head=_head_slices(head, limit),
+        embedding=embedding,
+        resident=_sorted(rest.values()),
+        tied=tied,
+    )
+
+
+def _parameter(family: Family, base: str, tensor: str) -> str:
+    if tensor in family.head_aliases:
+        return family.head
+    head_module = family.head.rpartition(".")[0]
+    if tensor.startswith(f"{head_module}.") or not tensor.startswith(base):
+        return tensor
+    return family.base + tensor.removeprefix(base)
+
+
+def _layer_index(family: Family, parameter: str) -> tuple[int, str] | None:
+    """("model.layers.3.mlp.up_proj.weight") -> (3, "mlp.up_proj.weight"); None outside the layers."""
+    number, _, leaf = parameter.removeprefix(family.layers + ".").partition(".")
+    return (int(number), leaf) if parameter.startswith(family.layers + ".") and number.isdecimal() else None
+
+
+def _split(
+    family: Family, named: Mapping[str, TensorInfo], num_layers: int
+) -> tuple[list[dict[str, TensorInfo]], dict[str, TensorInfo]]:
+    """Tensors by layer and leaf, and the rest. Layers beyond the config's count are left out."""
+    leaves: list[dict[str, TensorInfo]] = [{} for _ in range(num_layers)]
+    rest: dict[str, TensorInfo] = {}
+    for name, info in named.items():
+        index = _layer_index(family, name)
+        if index is None:
+            rest[name] = info
+        elif index[0] < num_layers:
+            leaves[index[0]][index[1]] = info
+    return leaves, rest
+
+
+def _check_layers(checkpoint: Checkpoint, family: Family, leaves: list[dict[str, TensorInfo]]) -> None:
+    rule = family.layer_shapes
+    expected = _expected(rule(checkpoint.config)) if rule else _as_stored(leaves[0])
+    source = "config.json" if rule else "layer 0"
+    for number, layer in enumerate(leaves):
+        prefix = f"{family.layers}.{number}"
+        for leaf in sorted(expected.keys() - layer.keys()):
+            raise _missing(checkpoint, f"{prefix}.{leaf}", f"expected by {source}")
+        for leaf in sorted(layer.keys() - expected.keys()):
+            raise CheckpointError(
+                f"unexpected tensor {layer[leaf].name} in {layer[leaf].file}: {source} has no {leaf}; "
+                "weights and config.json do not belong together."
+            )
+        for leaf, (shape, dtype) in expected.items():
+            _check_shape(layer[leaf], shape, dtype, source)
+
+
+def _expected(shapes: Shapes) -> dict[str, tuple[tuple[int, ...], str | None]]:
+    return {leaf: (shape, None) for leaf, shape in shapes.items()}
+
+
+def _as_stored(layer: Mapping[str, TensorInfo]) -> dict[str, tuple[tuple[int, ...], str | None]]:
+    return {leaf: (info.shape, info.dtype) for leaf, info in layer.items()}
+
+
+def _check_shape(
+    info: TensorInfo, shape: tuple[int, ...], dtype: str | None = None, source: str = "config.json"
+) -> None:
+    if info.shape != shape or dtype not in (None, info.dtype):
+        found, expected = f"{info.dtype} {list(info.shape)}", f"{dtype or info.dtype} {list(shape)}"
+        raise CheckpointError(f"tensor {info.name} in {info.file}: found {found}, expected {expected} by {source}.")
+
+
+def _missing(checkpoint: Checkpoint, name: str, why: str) -> CheckpointError:
+    return CheckpointError(f"missing tensor {name} in {checkpoint.path} ({why}); fetch the model again.")
+
+
+def _pop(named: dict[str, TensorInfo], checkpoint: Checkpoint, name: str) -> TensorInfo:
+    if name not in named:
+        why = f"expected of a {checkpoint.config.get('model_type')} model"
+        if name.startswith("lm_head"):
+            why += " whose config.json does not tie the head to the embedding"
+        raise _missing(checkpoint, name, why)
+    return named.pop(name)
+
+
+def _sorted(tensors: Iterable[TensorInfo]) -> tuple[TensorInfo, ...]:
+    return tuple(sorted(tensors, key=lambda info: (info.file, info.offset)))
+
+
+def _head_slices(head: TensorInfo, limit: int) -> tuple[ShardSpec, ...]:
+    """Slices as even as whole rows allow: a small last one would cost a read and save nothing."""
+    vocab, row_bytes = head.shape[0], head.nbytes // head.shape[0]
+    count = -(-vocab // max(1, limit // row_bytes))
+    starts = [vocab * i // count for i in range(count + 1)]
+    return tuple(
+        ShardSpec(f"head.{i}", (head.rows(starts[i], starts[i + 1]),), row_start=starts[i]) for i in range(count)
+    )

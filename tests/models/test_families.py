@@ -1,0 +1,86 @@
+"""The table of families agrees with transformers' own models."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from llmcad_actors.errors import CheckpointError
+from llmcad_actors.models.families import FAMILIES, family_of
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", SMALL),
+    "llama with biases": ("llama", SMALL | {"attention_bias": True, "mlp_bias": True}),
+    "llama with a wide head": ("llama", SMALL | {"head_dim": 16}),
+    "mistral": ("mistral", SMALL),
+    "qwen2": ("qwen2", SMALL),
+    "qwen3": ("qwen3", SMALL | {"head_dim": 8}),
+    "qwen3 with biases": ("qwen3", SMALL | {"attention_bias": True}),
+    "gpt2": (
+        "gpt2",
+        {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0},
+    ),
+    "opt": (
+        "opt",
+        {k: v for k, v in SMALL.items() if "key_value" not in k} | {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    ),
+    "gpt_neox": ("gpt_neox", {k: v for k, v in SMALL.items() if "key_value" not in k}),
+}
+
+
+def _model(model_type: str, fields: dict[str, Any]) -> Any:
+    config = transformers.AutoConfig.for_model(model_type, **fields)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_and_shapes_are_those_of_the_transformers_model(case: str) -> None:
+    model_type, fields = CASES[case]
+    model = _model(model_type, fields)
+    config = {"model_type": model_type, **fields}
+    family = family_of(config)
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    assert parameters[family.embedding] == family.embedding_shape(config)
+    assert parameters[family.head] == family.embedding_shape(config)
+    assert set(family.resident) <= parameters.keys()
+    assert family.is_tied(config) == model.config.tie_word_embeddings
+    assert model.base_model_prefix + "." == family.base
+    prefix = f"{family.layers}.{family.num_layers(config) - 1}."
+    leaves = {n.removeprefix(prefix): s for n, s in parameters.items() if n.startswith(prefix)}
+    assert leaves
+    assert not any(n.startswith(f"{family.layers}.{family.num_layers(config)}.") for n in parameters)
+    if family.layer_shapes is not None:
+        assert leaves == family.layer_shapes(config)
+
+
+def test_each_architecture_is_in_one_row_only() -> None:
+    types = [t for family in FAMILIES for t in family.model_types]
+    assert len(types) == len(set(types))
+    assert all(family_of({"model_type": t}).model_types == (t,) for t in types)
+
+
+def test_an_unknown_architecture_names_the_known_ones() -> None:
+    with pytest.raises(CheckpointError, match=r"says model_type 'mamba'.*known architectures: gpt2, gpt_neox, llama"):
+        family_of({"model_type": "mamba"})
+    with pytest.raises(CheckpointError, match="has no model_type"):
+        family_of({})
+
+
+@pytest.mark.parametrize("value", [None, 0, -1, "32", 1.5, True])
+def test_a_config_without_usable_sizes_names_the_key(value: object) -> None:
+    config = SMALL | {"model_type": "llama", "hidden_size": value}
+    with pytest.raises(CheckpointError, match="hidden_size must be a positive whole number, found"):
+        family_of(config).embedding_shape(config)

@@ -1,0 +1,53 @@
+"""Tiny random checkpoints on disk, with a tokenizer, built from config classes."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+PROMPTS = ("def area(r):\n", "class Stack:\n    def push", "import os, sys\n\nfor name in")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens (ids 1 to 256), <|end|> as 0."""
+    vocab = {"<|end|>": 0, **{char: i + 1 for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
+
+
+def tiny_llama(
+    path: Path,
+    *,
+    seed: int = 0,
+    layers: int = 4,
+    hidden: int = 48,
+    vocab: int = 257,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    spread: float = 0.3,
+    max_file: str = "50GB",
+) -> Path:
+    """A random Llama with grouped heads and odd sizes. `spread`: std of the weights; larger is less repetitive."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=hidden * 2 + 8,
+        num_hidden_layers=layers,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=spread,
+    )
+    model = LlamaForCausalLM(config).to(dtype)
+    model.save_pretrained(path, max_shard_size=max_file)
+    byte_tokenizer().save_pretrained(path)
+    return path
