@@ -1,22 +1,42 @@
-"""Run language models bigger than the memory you give them, with exactly the model's own output."""
+"""Run language models bigger than the memory you give them, with exactly the model's own output.
 
-from llmcad_actors.config import EngineConfig
-from llmcad_actors.core.stats import Stats
-from llmcad_actors.engine import Engine
-from llmcad_actors.errors import (
-    ActorFailure,
-    CheckpointError,
-    ConfigError,
-    DeadlineError,
-    LlmcadError,
-    MemoryCapError,
-    OverBudgetError,
-    RuntimeFailure,
-    StorageError,
-    TokenizerError,
-    UserError,
+The door. Names are imported when first asked for, so that the parts that know no Ray can be used without it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmcad_actors.config import EngineConfig
+    from llmcad_actors.core.stats import Stats
+    from llmcad_actors.engine import Engine
+    from llmcad_actors.errors import (
+        ActorFailure,
+        CheckpointError,
+        ConfigError,
+        DeadlineError,
+        LlmcadError,
+        MemoryCapError,
+        OverBudgetError,
+        RuntimeFailure,
+        StorageError,
+        TokenizerError,
+        UserError,
+    )
+    from llmcad_actors.results import Piece, Result, Status
+
+_ERRORS = (
+    "ActorFailure CheckpointError ConfigError DeadlineError LlmcadError MemoryCapError OverBudgetError "
+    "RuntimeFailure StorageError TokenizerError UserError"
 )
-from llmcad_actors.results import Piece, Result, Status
+_HOMES = {
+    "Engine": "engine",
+    "EngineConfig": "config",
+    "Piece": "results",
+    "Result": "results",
+    "Stats": "core.stats",
+    "Status": "results",
+} | dict.fromkeys(_ERRORS.split(), "errors")
 
 __all__ = [
     "ActorFailure",
@@ -37,3 +57,9 @@ __all__ = [
     "TokenizerError",
     "UserError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

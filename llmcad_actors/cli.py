@@ -1,45 +1,220 @@
 """The `llmcad` command: parses, prints, nothing else."""
 
+import functools
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from llmcad_actors.bundled import resolve_models
+from llmcad_actors.bundled import DEMO, DEMO_BYTES, bundled_draft, demo_target
 from llmcad_actors.config import EngineConfig, read_config
+from llmcad_actors.core.budget import format_size, parse_size
+from llmcad_actors.core.stats import Stats
 from llmcad_actors.engine import Engine
-from llmcad_actors.errors import ConfigError, LlmcadError
+from llmcad_actors.errors import LlmcadError
 from llmcad_actors.planning import Prepared, prepare
-from llmcad_actors.results import Piece, Result
+from llmcad_actors.results import Result
 from llmcad_actors.status import StatusLine
 
 app = typer.Typer(
-    name="llmcad",
     help="Run language models bigger than the memory you give them, with exactly the model's own output.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-err = Console(stderr=True)
+screen = Console(stderr=True)
+P = ParamSpec("P")
+
+DEMO_MEMORY = "1.5GB"
+DEMO_PROMPT = "def read_lines(path):\n    "
+INTERRUPTED = 130
 
 Target = Annotated[str, typer.Option(help="Hugging Face directory of the model to run, or `demo`.")]
-Draft = Annotated[
-    str | None, typer.Option(help="Directory of a small model of the same tokenizer, or `none`: one token a pass.")
-]
-Memory = Annotated[str, typer.Option(help="Cap on all memory used: 1.5GB, 512MiB, or 75% of RAM.")]
-MaxNew = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to generate at most.")]
+Draft = Annotated[str, typer.Option(help="Directory of a small model with the same tokenizer; `none`: no draft.")]
+Memory = Annotated[str | None, typer.Option(help="Cap on all that is used: 1.5GB, 512MiB, 75% of RAM.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")]
-Dtype = Annotated[str, typer.Option(help="Compute in: auto (as stored), float32, bfloat16.")]
-MaxNodes = Annotated[int, typer.Option(help="Tree nodes checked in one pass at most.")]
+Dtype = Annotated[str | None, typer.Option(help="Compute in: auto (as stored), float32, bfloat16.")]
+MaxNodes = Annotated[int | None, typer.Option(help="Tree nodes checked in one pass at most.")]
 MaxContext = Annotated[int | None, typer.Option(help="Tokens of prompt and output to plan for.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line; nothing else on standard output.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; options win over it.")]
-...
+
+
+def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Our errors become one paragraph on standard error and an exit code, never a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except LlmcadError as error:
+            screen.print(f"llmcad: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            screen.print("llmcad: interrupted", markup=False)
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+@app.command()
+@reports_errors
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue, or `-` to read it from standard input.")] = "-",
+    target: Target = DEMO,
+    draft: Draft = "",
+    memory: Memory = None,
+    max_new_tokens: MaxNewTokens = 128,
+    stop: Stop = None,
+    dtype: Dtype = None,
+    max_nodes: MaxNodes = None,
+    max_context: MaxContext = None,
+    as_json: AsJson = False,
+    config: ConfigFile = None,
+) -> None:
+    """Continue a text with a model bigger than the memory cap; the text streams as it is accepted."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    job = _prepare(target, draft, config, memory=memory, dtype=dtype, max_nodes=max_nodes, max_context=max_context)
+    with StatusLine(screen) as line, Engine.start(job, say=line.say, count_caller=True) as engine:
+        result = _stream(engine, line, text, show=not as_json, max_new_tokens=max_new_tokens, stop=stop or ())
+    if as_json:
+        print(json.dumps(_report(result, job)))
+
+
+@app.command()
+@reports_errors
+def plan(
+    target: Target = DEMO,
+    draft: Draft = "",
+    memory: Memory = None,
+    dtype: Dtype = None,
+    max_nodes: MaxNodes = None,
+    max_context: MaxContext = None,
+    as_json: AsJson = False,
+    config: ConfigFile = None,
+) -> None:
+    """Show how the memory cap is split, what is pinned and what is streamed. Starts nothing."""
+    job = _prepare(target, draft, config, memory=memory, dtype=dtype, max_nodes=max_nodes, max_context=max_context)
+    if as_json:
+        print(json.dumps(job.forecast()))
+    else:
+        Console().print(_plan_table(job))
+
+
+@app.command()
+@reports_errors
+def demo(
+    size: Annotated[str, typer.Option(help="Bytes of the enlarged target.")] = "2.5GB",
+    memory: Annotated[str, typer.Option(help="Cap on all memory used.")] = DEMO_MEMORY,
+    max_new_tokens: MaxNewTokens = 96,
+    plain_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate without speculation.")] = 6,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = DEMO_PROMPT,
+    as_json: AsJson = False,
+) -> None:
+    """Run the bundled model, enlarged beyond the memory cap, with speculation and without, and compare."""
+    path = _demo_target(parse_size(size, 1))
+    job = prepare(EngineConfig(target=str(path), draft=str(bundled_draft()), memory=memory))
+    with StatusLine(screen) as line, Engine.start(job, say=line.say, count_caller=True) as engine:
+        fast = _stream(engine, line, prompt, show=not as_json, max_new_tokens=max_new_tokens)
+        line.say(f"the same without speculation, {plain_tokens} tokens")
+        plain = engine.generate(prompt, max_new_tokens=plain_tokens, speculate=False)
+    if as_json:
+        print(json.dumps(_demo_report(fast, plain, job)))
+    else:
+        Console().print(_demo_table(fast, plain, job))
+
+
+def _prepare(target: str, draft: str, config: Path | None, **options: Any) -> Prepared:
+    """The checked job that options and the configuration file describe."""
+    settings = (read_config(config) if config else {}) | {k: v for k, v in options.items() if v is not None}
+    if target != DEMO or "target" not in settings:
+        settings["target"] = target
+    if draft or "draft" not in settings:
+        settings["draft"] = draft
+    if settings["target"] == DEMO:
+        settings["target"] = str(_demo_target(DEMO_BYTES))
+        settings["draft"] = settings["draft"] or str(bundled_draft())
+        settings.setdefault("memory", DEMO_MEMORY)
+    if settings["draft"] in ("", "none"):
+        settings["draft"] = None
+    return prepare(EngineConfig(**settings))
+
+
+def _demo_target(size_bytes: int) -> Path:
+    with RichProgress(console=screen, transient=True) as bar:
+        task = bar.add_task("enlarging the bundled target (once)", total=None)
+        return demo_target(size_bytes, lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def _stream(engine: Engine, line: StatusLine, prompt: str, *, show: bool, **options: Any) -> Result:
+    """Generate, writing accepted text to standard output as it comes."""
+    line.follow(engine)
+    pieces = []
+    for piece in engine.stream(prompt, provisional=show, **options):
+        pieces.append(piece)
+        if show:
+            line.guess(piece.text) if piece.provisional else line.write(piece.text)
+    line.end()
+    return engine.result(pieces)
+
+
+def _report(result: Result, job: Prepared) -> dict[str, Any]:
+    draft = str(job.draft.path) if job.draft else None
+    return {**result.as_dict(), "target_path": str(job.target.path), "draft_path": draft}
+
+
+def _demo_report(fast: Result, plain: Result, job: Prepared) -> dict[str, Any]:
+    return {
+        **_report(fast, job),
+        "target_bytes": job.target.total_bytes,
+        "seconds_per_token": fast.stats.seconds / fast.stats.new_tokens,
+        "plain_seconds_per_token": plain.stats.seconds / plain.stats.new_tokens,
+    }
+
+
+def _demo_table(fast: Result, plain: Result, job: Prepared) -> Table:
+    """The comparison that the demo ends with."""
+    cap = format_size(job.memory.cap_bytes)
+    table = Table(title=f"{format_size(job.target.total_bytes)} of weights under a memory cap of {cap}")
+    for column in ("", "speculation", "plain"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, of in DEMO_ROWS:
+        table.add_row(name, of(fast.stats), of(plain.stats))
+    return table
+
+
+def _plan_table(job: Prepared) -> Table:
+    memory = job.memory
+    table = Table(title=f"{job.target.path.name}: {format_size(job.target.total_bytes)} of weights", show_header=False)
+    for name, size in memory.rows():
+        table.add_row(name, format_size(size))
+    table.add_section()
+    table.add_row("in all", format_size(memory.total_bytes))
+    table.add_row("memory cap", format_size(memory.cap_bytes))
+    table.add_section()
+    forecast = job.forecast()
+    table.add_row("pinned", f"{len(memory.pinned)} of {len(memory.pinned) + len(memory.streamed)} shards")
+    table.add_row("read from disk in a pass", format_size(memory.bytes_per_pass))
+    table.add_row("seconds per pass, predicted", f"{forecast['seconds_per_pass']:.2f}")
+    return table
+
+
+DEMO_ROWS: tuple[tuple[str, Callable[[Stats], str]], ...] = (
+    ("seconds per token", lambda s: f"{s.seconds / s.new_tokens:.2f}"),
+    ("tokens per pass", lambda s: f"{s.tokens_per_pass:.1f}"),
+    ("tokens", lambda s: str(s.new_tokens)),
+    ("read from disk", lambda s: format_size(s.bytes_read)),
+    ("peak memory", lambda s: format_size(s.peak_memory_bytes)),
+)
+
+
+def main() -> None:
+    """Entry point."""
+    app()

@@ -93,9 +93,13 @@ class Engine:
 
     def generate(self, prompt: str, **options: Any) -> Result:
         """Continue `prompt` to the end; options as for `stream`."""
-        pieces = list(self.stream(prompt, **options))
-        ids = tuple(i for piece in pieces for i in piece.token_ids)
-        return Result("".join(piece.text for piece in pieces), ids, self._finish_reason, self.stats)
+        return self.result(list(self.stream(prompt, **options)))
+
+    def result(self, pieces: Sequence[Piece]) -> Result:
+        """The last request's pieces, put together."""
+        accepted = [piece for piece in pieces if not piece.provisional]
+        ids = tuple(i for piece in accepted for i in piece.token_ids)
+        return Result("".join(piece.text for piece in accepted), ids, self._finish_reason, self.stats)
 
     def stream(
         self,
@@ -118,7 +122,7 @@ class Engine:
 
     @property
     def stats(self) -> Stats:
-        """Of the last request."""
+        """Of the last request; disk and memory figures once it has ended."""
         if self._stats is None:
             raise RuntimeFailure("no request has been finished")
         return self._stats
@@ -134,6 +138,8 @@ class Engine:
             progress.read_seconds,
             self._watcher.current_bytes,
             self.prepared.memory.cap_bytes,
+            self._stats.new_tokens if self._stats else 0,
+            self._stats.tokens_per_pass if self._stats else 0.0,
         )
 
     def _run(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from llmcad_actors.errors import CheckpointError, ConfigError
@@ -126,7 +127,8 @@ def _at_width(
 def _usual_heads(source: LlamaShape, hidden: int) -> int:
     """hidden / head_dim, or the nearest count that divides hidden and keeps the source's groups whole."""
     most = hidden // source.head_dim
-    for heads in (*range(most, source.heads - 1, -1), *range(max(most, source.heads), hidden + 1)):
+    below, above = range(most, source.heads - 1, -1), range(max(most, source.heads), hidden + 1)
+    for heads in chain(below, above):
         if hidden % heads == 0 and _kv_choices(source, heads):
             return heads
     return source.heads

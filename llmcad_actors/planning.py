@@ -29,6 +29,10 @@ THIN_PROCESSES = 200 * MB  # the caller, the coordinator, the loader
 TORCH_PROCESS = 335 * MB
 """Proportional set sizes after start, without weights, as `benchmarks/memory.py` measures them."""
 
+DISK_BYTES_PER_S = 2.0e9
+MATMUL_FLOPS = 4.0e11
+"""What a recent solid-state disk and two cores with bfloat16 instructions do, for predictions."""
+
 SMALL_DRAFT_BYTES = 256 << 20
 
 
@@ -53,6 +57,22 @@ class Prepared:
 
     def policy(self) -> Policy:
         return AdaptiveConfidence(self.config.alpha)
+
+    def forecast(self) -> dict[str, Any]:
+        """The plan as numbers: what each part takes, what is pinned and streamed, the predicted pass."""
+        rows = 1 if self.draft is None else self.config.max_nodes + 1
+        compute_s = 2 * rows * self.target.total_bytes / stored_bytes(self.target) / MATMUL_FLOPS
+        rate = min(DISK_BYTES_PER_S, parse_rate(self.config.read_limit) if self.config.read_limit else DISK_BYTES_PER_S)
+        return {
+            "parts": dict(self.memory.rows()),
+            "total_bytes": self.memory.total_bytes,
+            "memory_cap_bytes": self.memory.cap_bytes,
+            "target_bytes": self.target.total_bytes,
+            "pinned": list(self.memory.pinned),
+            "streamed": list(self.memory.streamed),
+            "bytes_per_pass": self.memory.bytes_per_pass,
+            "seconds_per_pass": max(self.memory.bytes_per_pass / rate, compute_s),
+        }
 
     def loader_spec(self) -> LoaderSpec:
         limit = parse_rate(self.config.read_limit) if self.config.read_limit else None

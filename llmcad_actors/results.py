@@ -40,3 +40,5 @@ class Status:
     read_seconds: float
     memory_bytes: int
     memory_cap_bytes: int
+    new_tokens: int
+    tokens_per_pass: float

@@ -9,9 +9,9 @@ through it too, so it is never smaller than the largest shard of all. What is le
 cyclic scan makes LRU useless, a fixed set saves exactly its bytes every pass.
 
 Which shards: spread evenly through the pass, so that reading goes on while a pinned shard computes. A shard bigger
-than most (the head, as a rule) may go first: pinning it also shrinks the window, which often lets more be pinned
-in all. Every such choice is priced, and the one that streams least wins; as a larger cap allows every choice that
-a smaller one does, more memory never streams more.
+than most (the head, as a rule) may go first: without it the window is smaller. Every such choice is priced, and the
+one that streams least wins; as a larger cap allows every choice that a smaller one does, more memory never streams
+more.
 """
 
 from collections.abc import Iterator, Sequence

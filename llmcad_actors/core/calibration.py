@@ -54,9 +54,21 @@ class Calibration:
         prior = _PRIOR_NODES / (1.0 + np.exp(-_MIDDLES))
         weight = np.array(self.nodes) + _PRIOR_NODES
         said = _log_odds((np.array(self.predicted) + prior) / weight)
-        found = _log_odds((np.array(self.accepted) + prior) / weight)
-        from_left, from_right = np.maximum.accumulate(found), np.minimum.accumulate(found[::-1])[::-1]
-        return said, (from_left + from_right) / 2
+        found = _never_decreasing((np.array(self.accepted) + prior) / weight, weight)
+        return said, _log_odds(found)
+
+
+def _never_decreasing(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted isotonic regression: neighbours in the wrong order are pooled."""
+    pools: list[tuple[float, float, int]] = []  # mean, weight, how many
+    for mean, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        count = 1
+        while pools and pools[-1][0] >= mean:
+            left_mean, left_weight, left_count = pools.pop()
+            mean = (left_mean * left_weight + mean * weight) / (left_weight + weight)
+            weight, count = left_weight + weight, left_count + count
+        pools.append((mean, weight, count))
+    return np.repeat([mean for mean, _, _ in pools], [count for _, _, count in pools])
 
 
 def _log_odds(probabilities: np.ndarray) -> np.ndarray:

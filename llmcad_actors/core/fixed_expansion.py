@@ -23,10 +23,9 @@ class FixedExpansion(GrowingTree):
         """The shallowest unexpanded nodes, most probable first. Beyond the shape, the last width goes on."""
         waiting = self._unexpanded()
         depths = self._nodes["depth"][waiting]
-        depth = depths.min(initial=len(self.widths))
-        if depth == len(self.widths) and not beyond:
+        if not beyond and depths.min() >= len(self.widths):
             return np.empty(0, np.int64)
-        level = waiting[depths == depth]
+        level = waiting[depths == depths.min()]
         return np.asarray(level[most_probable(self._nodes["cumulative"][level], limit)])
 
     def _admitted(self, nodes: np.ndarray, logprobs: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Sizes and rates as people write them."""
 
 import re
+from decimal import Decimal
 
 from llmcad_actors.errors import ConfigError
 
@@ -18,7 +19,7 @@ def parse_size(text: str, total_ram: int) -> int:
     """
     trimmed = text.strip()
     if percent := _PERCENT.fullmatch(trimmed):
-        share = float(percent[1])
+        share = Decimal(percent[1])
         size = int(total_ram * share / 100) if share <= 100 else 0
     else:
         size = _bytes_of(trimmed)
@@ -51,4 +52,4 @@ def format_size(num_bytes: int) -> str:
 
 def _bytes_of(text: str) -> int:
     match = _SIZE.fullmatch(text)
-    return int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    return int(Decimal(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0

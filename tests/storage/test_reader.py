@@ -18,6 +18,7 @@ from llmcad_actors.storage.checkpoint import TensorInfo
 from llmcad_actors.storage.direct import BLOCK, drop_cache
 from llmcad_actors.storage.reader import (
     AlignedBuffer,
+    Bytes,
     DirectFile,
     EmbeddingReader,
     ParallelReader,
@@ -145,15 +146,33 @@ def test_where_direct_is_refused_at_the_first_read_it_goes_on_buffered(file: Pat
         assert odd.tobytes() == content[BLOCK : 3 * BLOCK]
 
 
+class ShortReads(DirectFile):
+    """Every read stops inside a block, and insists on being aligned."""
+
+    def _pread(self, window: Bytes, offset: int) -> int:
+        assert offset % BLOCK == window.ctypes.data % BLOCK == 0
+        return min(super()._pread(window, offset), BLOCK + 1000)
+
+
+def test_after_a_short_read_it_goes_on_from_the_start_of_a_block(file: Path, content: bytes) -> None:
+    buffer = AlignedBuffer.for_range(SIZE)
+    with ShortReads(file) as opened:
+        start = opened.read_into(buffer, 5, SIZE - 5)
+    assert buffer.view(start, SIZE - 5).tobytes() == content[5:]
+
+
 def test_a_file_that_ends_too_early_says_where(tmp_path: Path, reader: ParallelReader) -> None:
     path = tmp_path / "short"
     path.write_bytes(b"x" * (BLOCK + 100))
+    with DirectFile(path) as opened:
+        direct_here = opened.direct
     for nbytes in (BLOCK + 101, 5 * BLOCK):
         with (
             DirectFile(path) as opened,
             pytest.raises(StorageError, match=r"short ends at byte 4,196 instead of"),
         ):
             opened.read_into(AlignedBuffer.for_range(nbytes), 0, nbytes)
+        assert opened.direct == direct_here  # going on from the middle of a block would be refused as unaligned
     with pytest.raises(StorageError, match="short ends at byte"):
         reader.read(path, 0, 20 * BLOCK, AlignedBuffer.for_range(20 * BLOCK))
 
@@ -319,6 +338,15 @@ def test_without_pauses_the_rate_is_exact() -> None:
         bucket.take(50_000)
         time.now += 0.01  # the read itself, shorter than the burst: no credit is lost
     assert 5e6 / (time.now - 100.0) == pytest.approx(1e6, rel=0.01)
+
+
+def test_idle_time_earns_no_more_than_the_burst() -> None:
+    time = FakeTime()
+    bucket = TokenBucket(1e6, time.clock, time.sleep)
+    time.now += 10.0
+    for _ in range(100):
+        bucket.take(10_000)
+    assert time.now - 110.0 == pytest.approx(1.0 - TokenBucket.BURST_S)
 
 
 def test_the_rate_limit_is_shared_by_threads(file: Path) -> None:

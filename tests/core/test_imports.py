@@ -1,0 +1,35 @@
+import json
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import llmcad_actors.core
+
+PACKAGE = Path(llmcad_actors.core.__file__).parents[1]
+MODULES = [f"llmcad_actors.core.{module.name}" for module in pkgutil.iter_modules(llmcad_actors.core.__path__)]
+
+# The package's own door imports the engine, so a bare package stands in for it: this is about the core alone.
+SCRIPT = f"""
+import importlib, json, sys, types
+door = types.ModuleType("llmcad_actors")
+door.__path__ = [{str(PACKAGE)!r}]
+sys.modules["llmcad_actors"] = door
+for name in {MODULES!r}:
+    importlib.import_module(name)
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def test_the_core_pulls_in_nothing_but_numpy_the_standard_library_and_the_errors() -> None:
+    assert len(MODULES) > 10
+    output = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, timeout=120)
+    loaded = set(json.loads(output.stdout))
+    assert set(MODULES) <= loaded
+    allowed = {"llmcad_actors", "llmcad_actors.errors", "llmcad_actors.core", "numpy", *MODULES}
+    ours = {name for name in loaded if name.startswith("llmcad_actors")}
+    assert ours <= allowed
+    for name in ("torch", "ray", "transformers", "tokenizers", "psutil", "yaml", "msgpack"):
+        assert name not in loaded
+    bare = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names) - {"numpy", "llmcad_actors"}
+    assert not {name for name in bare if not name.startswith("_")}, bare
