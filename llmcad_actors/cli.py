@@ -43,7 +43,9 @@ Stop = Annotated[list[str] | None, typer.Option(help="End the text before this s
 Dtype = Annotated[str | None, typer.Option(help="Compute in: auto (as stored), float32, bfloat16.")]
 MaxNodes = Annotated[int | None, typer.Option(help="Tree nodes checked in one pass at most.")]
 MaxContext = Annotated[int | None, typer.Option(help="Tokens of prompt and output to plan for.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line; nothing else on standard output.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="One JSON object as the last line; nothing else on standard output.")
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; options win over it.")]
 
 

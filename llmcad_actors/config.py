@@ -39,6 +39,7 @@ class EngineConfig:
     chunk_bytes: int = 8 << 20  # one read request
     piece_bytes: int = 32 << 20  # one object in the store
     read_limit: str | None = None  # "400MB/s": hold the reads to a rate
+    read_ahead: bool = True  # False, for comparison: read a shard only when it is asked for
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
@@ -96,6 +97,7 @@ class LoaderSpec:
     chunk_bytes: int
     threads: int
     rate_limit: float | None  # bytes per second
+    read_ahead: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from llmcad_actors.messages import Event, Failed, Finished, Progress, Provisiona
 from llmcad_actors.models.tokenizer import Detokenizer, StopStrings, plain_tokenizer
 from llmcad_actors.planning import Prepared, prepare
 from llmcad_actors.results import Piece, Result, Status
+from llmcad_actors.tracing import traced
 
 POLL_S = 0.25
 CALL_TIMEOUT_S = 60.0
@@ -54,7 +55,9 @@ class Engine:
         before any process is started; `RuntimeFailure` when the start breaks.
         """
         try:
-            config = EngineConfig(target=str(target), draft=None if draft is None else str(draft), memory=memory, **settings)
+            config = EngineConfig(
+                target=str(target), draft=None if draft is None else str(draft), memory=memory, **settings
+            )
         except TypeError as error:
             raise ConfigError(f"unknown setting: {error}") from None
         return cls.start(prepare(config), say=say, count_caller=count_caller)
@@ -109,16 +112,20 @@ class Engine:
         stop: Sequence[str] = (),
         speculate: bool = True,
         provisional: bool = False,
+        trace: str | os.PathLike[str] | None = None,
     ) -> Iterator[Piece]:
         """Continue `prompt` greedily, yielding text as it is accepted.
 
         stop: strings that end the text (they are not part of it). speculate=False: one token a pass.
         provisional: also yield the draft's guess while a pass runs; the next piece that is not provisional
-        replaces it.
+        replaces it. trace: a file that what every actor does is written to, for `llmcad trace`.
         """
         ids = self._encode(prompt)
-        request = Request(ids, self._room(ids, max_new_tokens), self.prepared.stop_tokens, speculate, self.prepared.config.provisional)
-        yield from self._run(request, Detokenizer(self._tokenizer, ids), StopStrings(stop), provisional)
+        request = Request(
+            ids, self._room(ids, max_new_tokens), self.prepared.stop_tokens, speculate, self.prepared.config.provisional
+        )
+        with traced(trace, self._actors, self.prepared, request):
+            yield from self._run(request, Detokenizer(self._tokenizer, ids), StopStrings(stop), provisional)
 
     @property
     def stats(self) -> Stats:

@@ -1,16 +1,16 @@
 """The exception tree. Everything raised for a caller is an `LlmcadError`.
 
-    LlmcadError
-      UserError                 the caller can mend it; the CLI prints the message and exits with 2
-        ConfigError             an option or a configuration file
-        CheckpointError         a model directory (missing, truncated, inconsistent, unsupported)
-        TokenizerError          no tokenizer, or draft and target disagree
-        MemoryCapError          the cap is too small; the message names the smallest that works
-        StorageError            a folder or disk that cannot take or give what is asked
-      RuntimeFailure            the run broke; exit code 1
-        ActorFailure            an actor died or raised
-        DeadlineError           a wait passed its deadline
-        OverBudgetError         a byte budget would have been exceeded (a bug, never a user's mistake)
+LlmcadError
+  UserError                 the caller can mend it; the CLI prints the message and exits with 2
+    ConfigError             an option or a configuration file
+    CheckpointError         a model directory (missing, truncated, inconsistent, unsupported)
+    TokenizerError          no tokenizer, or draft and target disagree
+    MemoryCapError          the cap is too small; the message names the smallest that works
+    StorageError            a folder or disk that cannot take or give what is asked
+  RuntimeFailure            the run broke; exit code 1
+    ActorFailure            an actor died or raised
+    DeadlineError           a wait passed its deadline
+    OverBudgetError         a byte budget would have been exceeded (a bug, never a user's mistake)
 """
 
 

@@ -86,4 +86,3 @@ def most_probable_path(tree: TokenTree) -> tuple[int, ...]:
         node = max(children, key=lambda child: float(tree.logprobs[child]))
         tokens.append(int(tree.tokens[node]))
     return tuple(tokens)
-

@@ -2,8 +2,9 @@
 
 import dataclasses
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import msgpack
 import numpy as np
@@ -123,6 +124,25 @@ def pack(value: Any) -> bytes:
 def unpack(data: bytes) -> Any:
     """Decode what `pack` made; sequences come back as tuples."""
     return msgpack.unpackb(data, ext_hook=_decode, use_list=False, strict_map_key=False)
+
+
+def unpack_stream(file: BinaryIO) -> Iterator[Any]:
+    """One value after the other, as `pack` made them, from the start of a file.
+
+    Raises ValueError where a value is cut short or none of ours.
+    """
+    values = msgpack.Unpacker(file, ext_hook=_decode, use_list=False, strict_map_key=False)
+    while True:
+        start = values.tell()
+        try:
+            value = values.unpack()
+        except msgpack.OutOfData:
+            if file.tell() > start:
+                raise ValueError(f"it is cut short after byte {start:,}") from None
+            return
+        except (msgpack.UnpackException, ValueError, TypeError, AttributeError, ImportError) as error:
+            raise ValueError(f"there is nothing readable at byte {start:,} ({error!r})") from None
+        yield value
 
 
 def _encode(value: Any) -> Any:

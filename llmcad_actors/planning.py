@@ -84,6 +84,7 @@ class Prepared:
             chunk_bytes=self.config.chunk_bytes,
             threads=self.config.read_threads,
             rate_limit=limit,
+            read_ahead=self.config.read_ahead,
         )
 
     def verifier_spec(self) -> VerifierSpec:
@@ -142,14 +143,14 @@ def budget_inputs(
     rows = min(context, DEFAULT_CONTEXT) + config.max_nodes
     return BudgetInputs(
         overhead_bytes=DAEMONS + THIN_PROCESSES + TORCH_PROCESS * (1 if draft is None else 2),
-        draft_weights=0 if draft is None else draft.total_bytes * compute_bytes(draft, config.dtype) // stored_bytes(draft),
+        draft_weights=0
+        if draft is None
+        else draft.total_bytes * compute_bytes(draft, config.dtype) // stored_bytes(draft),
         draft_kv=0 if draft is None else draft_cache_bytes(draft, config, context),
         target_resident=sum(i.nbytes for i in layout.resident) * width // stored_bytes(target) + (16 << 20),
         target_kv=kv_bytes(target.config, context + 2 * config.max_nodes, width),
         activations=activation_bytes(layout, target.config, rows, context, config.max_nodes, width),
-        shards=tuple(
-            (s.name, s.nbytes, buffer_bytes(largest_piece(s, config.piece_bytes))) for s in layout.shards
-        ),
+        shards=tuple((s.name, s.nbytes, buffer_bytes(largest_piece(s, config.piece_bytes))) for s in layout.shards),
     )
 
 
@@ -165,7 +166,9 @@ def kv_bytes(config: Mapping[str, Any], rows: int, width: int) -> int:
     return 2 * family_of(config).num_layers(config) * heads * head_width(config) * rows * width
 
 
-def activation_bytes(prepared: Layout, config: Mapping[str, Any], rows: int, context: int, nodes: int, width: int) -> int:
+def activation_bytes(
+    prepared: Layout, config: Mapping[str, Any], rows: int, context: int, nodes: int, width: int
+) -> int:
     """The widest moment of a pass over `rows` rows: a layer's intermediate states and the mask, or the logits."""
     hidden = prepared.embedding.shape[1]
     widest = max(tensor.shape[0] for tensor in prepared.layers[0].tensors)

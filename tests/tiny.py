@@ -1,5 +1,6 @@
 """Tiny random checkpoints on disk, with a tokenizer, built from config classes."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PROMPTS = ("def area(r):\n", "class Stack:\n    def push", "import os, sys\n\nfor name in")
+BYTE_VOCAB = 257
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -25,13 +27,19 @@ def tiny_llama(
     seed: int = 0,
     layers: int = 4,
     hidden: int = 48,
-    vocab: int = 257,
+    kv_heads: int = 2,
+    vocab: int = BYTE_VOCAB,
+    context: int = 512,
     tied: bool = False,
     dtype: torch.dtype = torch.float32,
     spread: float = 0.3,
     max_file: str = "50GB",
+    tokenizer_of: Path | None = None,
 ) -> Path:
-    """A random Llama with grouped heads and odd sizes. `spread`: std of the weights; larger is less repetitive."""
+    """A random Llama of odd sizes; with 2 of 6 heads for keys and values they are grouped.
+
+    spread: std of the weights; larger is less repetitive. tokenizer_of: the tokenizer of that directory, not bytes.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab,
@@ -39,9 +47,9 @@ def tiny_llama(
         intermediate_size=hidden * 2 + 8,
         num_hidden_layers=layers,
         num_attention_heads=6,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         head_dim=8,
-        max_position_embeddings=512,
+        max_position_embeddings=context,
         tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=0,
@@ -49,5 +57,9 @@ def tiny_llama(
     )
     model = LlamaForCausalLM(config).to(dtype)
     model.save_pretrained(path, max_shard_size=max_file)
-    byte_tokenizer().save_pretrained(path)
+    if tokenizer_of is None:
+        byte_tokenizer().save_pretrained(path)
+    else:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tokenizer_of / name, path / name)
     return path

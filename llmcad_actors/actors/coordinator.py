@@ -5,8 +5,10 @@ import time
 from typing import Any
 
 from llmcad_actors.actors.calls import fetch_async
+from llmcad_actors.actors.traced import TracedDrafter, TracedVerifier
 from llmcad_actors.core.costs import Costs
 from llmcad_actors.core.fallback import Policy
+from llmcad_actors.core.trace import Recorder
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import LlmcadError
 from llmcad_actors.loop import decode
@@ -60,8 +62,9 @@ class Coordinator:
     """Requests in, events out; the caller polls `events`."""
 
     def __init__(self, verifier: Any, draft: Any, policy: bytes) -> None:
-        self._verifier = RemoteVerifier(verifier)
-        self._drafter = RemoteDrafter(draft) if draft is not None else None
+        self._recorder = recorder = Recorder("coordinator", time.monotonic)
+        self._verifier = TracedVerifier(RemoteVerifier(verifier), recorder)
+        self._drafter = TracedDrafter(RemoteDrafter(draft), recorder) if draft is not None else None
         self._policy: Policy = unpack(policy)
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
@@ -91,6 +94,10 @@ class Coordinator:
         if self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.wait([self._task], timeout=CALL_TIMEOUT_S)
+
+    async def trace(self, keep_on: bool) -> bytes:
+        """What was recorded since the last call; record on, or stop."""
+        return pack(self._recorder.drain(keep_on=keep_on))
 
     async def _run(self, request: Request) -> None:
         emit = self._events.put_nowait

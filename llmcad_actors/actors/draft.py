@@ -1,10 +1,12 @@
 """The draft process: the resident draft model behind an actor, computing only when nobody else wants the cores."""
 
 import os
+import time
 from pathlib import Path
 
 from llmcad_actors.config import DraftSpec
 from llmcad_actors.core.builders import make_builder
+from llmcad_actors.core.trace import Recorder
 from llmcad_actors.messages import pack, unpack
 from llmcad_actors.storage.checkpoint import Checkpoint
 
@@ -31,7 +33,10 @@ class DraftActor:
             children=setup.children,
             widths=setup.widths,
         )
-        self._draft = Draft(model, builder, batch=setup.batch, max_positions=setup.context)
+        self._recorder = Recorder("draft", time.monotonic)
+        self._draft = Draft(
+            model, builder, batch=setup.batch, max_positions=setup.context, recorder=self._recorder
+        )
         self._slice_steps = setup.slice_steps
 
     def ready(self) -> None:
@@ -46,6 +51,10 @@ class DraftActor:
 
     def extend(self) -> bytes:
         return pack(self._draft.extend(self._slice_steps))
+
+    def trace(self, keep_on: bool) -> bytes:
+        """What was recorded since the last call; record on, or stop."""
+        return pack(self._recorder.drain(keep_on=keep_on))
 
 
 def give_way() -> None:

@@ -7,6 +7,7 @@ only: no torch, no model.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import numpy as np
 import ray
 
 from llmcad_actors.config import LoaderSpec
+from llmcad_actors.core.trace import Recorder
 from llmcad_actors.errors import DeadlineError, LlmcadError, OverBudgetError, StorageError
 from llmcad_actors.messages import Progress, pack, unpack
 from llmcad_actors.storage.checkpoint import Checkpoint, TensorInfo
@@ -42,7 +44,20 @@ class _Shard:
 class Loader:
     """Reads a prelude of shards once, then a cycle of shards for ever."""
 
-    def __init__(self, *, window_bytes: int, piece_bytes: int, reader: ParallelReader, put: Put) -> None:
+    def __init__(
+        self,
+        *,
+        window_bytes: int,
+        piece_bytes: int,
+        reader: ParallelReader,
+        put: Put,
+        read_ahead: bool = True,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """`read_ahead`: False reads a shard only once it is asked for and no lease is out."""
+        self._read_ahead = read_ahead
+        self._num_asked = 0
+        self._recorder = recorder or Recorder("loader", time.monotonic)
         self._window = window_bytes
         self._piece_bytes = piece_bytes
         self._reader = reader
@@ -76,6 +91,8 @@ class Loader:
     def next(self, timeout_s: float) -> tuple[int, str, list[Any]]:
         """Lease the next shard: (lease id, shard name, one reference per piece)."""
         with self._state:
+            self._num_asked += 1
+            self._state.notify_all()
             self._wait(lambda: bool(self._ready), timeout_s, "the next shard")
             shard = self._ready.popleft()
             self._leased[shard.lease] = shard
@@ -135,6 +152,7 @@ class Loader:
         for lease, spec in enumerate(schedule):
             shard = _Shard(spec, lease)
             pieces = pieces_of(spec, self._piece_bytes)
+            self._await_demand(lease)
             for piece in pieces:
                 buffer = self._take_room(piece.nbytes)
                 shard.nbytes += piece.nbytes
@@ -143,11 +161,15 @@ class Loader:
                     self._pending.append((shard, piece, buffer, pending, piece is pieces[-1]))
                     self._state.notify_all()
 
+    def _await_demand(self, lease: int) -> None:
+        """Without read-ahead, a shard's turn comes when it has been asked for and the one before is done with."""
+        if not self._read_ahead:
+            with self._state:
+                self._state.wait_for(lambda: self._closed or (self._num_asked > lease and not self._leased))
+
     def _take_room(self, nbytes: int) -> AlignedBuffer:
         with self._state:
-            self._state.wait_for(
-                lambda: self._closed or (self._buffers and self._held + nbytes <= self._window)
-            )
+            self._state.wait_for(lambda: self._closed or (self._buffers and self._held + nbytes <= self._window))
             if self._closed:
                 raise _ClosedError
             self._held += nbytes
@@ -162,7 +184,10 @@ class Loader:
                     return
                 shard, piece, buffer, pending, is_last = self._pending.popleft()
             data = pending.wait(READ_TIMEOUT_S)
+            self._recorder.add("read", pending.began, pending.ended, shard=shard.spec.name, bytes=piece.nbytes)
+            started = self._recorder.now()
             ref = self._put({info.name: _part(data, piece, info) for info in piece.tensors})
+            self._recorder.add("put", started, shard=shard.spec.name, bytes=piece.nbytes)
             with self._state:
                 shard.refs.append(ref)
                 self._buffers.append(buffer)
@@ -186,7 +211,6 @@ def _part(data: np.ndarray, piece: Piece, info: TensorInfo) -> np.ndarray:
     return data[start : start + info.nbytes]
 
 
-
 class LoaderActor:
     """The loader behind an actor. `next` may wait while `release` and `progress` are served: a threaded actor."""
 
@@ -198,8 +222,14 @@ class LoaderActor:
         pinned = set(setup.pinned)
         self._prelude = [spec for spec in layout.shards if spec.name in pinned]
         self._cycle = [spec for spec in layout.shards if spec.name not in pinned]
+        self._recorder = Recorder("loader", time.monotonic)
         self._loader = Loader(
-            window_bytes=setup.window_bytes, piece_bytes=setup.piece_bytes, reader=reader, put=ray.put
+            window_bytes=setup.window_bytes,
+            piece_bytes=setup.piece_bytes,
+            reader=reader,
+            put=ray.put,
+            read_ahead=setup.read_ahead,
+            recorder=self._recorder,
         )
 
     def start(self) -> None:
@@ -213,3 +243,7 @@ class LoaderActor:
 
     def progress(self) -> bytes:
         return pack(self._loader.progress())
+
+    def trace(self, keep_on: bool) -> bytes:
+        """What was recorded since the last call; record on, or stop."""
+        return pack(self._recorder.drain(keep_on=keep_on))

@@ -75,7 +75,9 @@ def _store_bytes(pid: int) -> tuple[int, int]:
                 path = os.readlink(f"{folder}/{fd}")
                 if "/plasma" in path:
                     size = os.stat(f"{folder}/{fd}").st_blocks * 512
-                    inside, outside = (inside + size, outside) if path.startswith("/dev/shm") else (inside, outside + size)
+                    inside, outside = (
+                        (inside + size, outside) if path.startswith("/dev/shm") else (inside, outside + size)
+                    )
     return inside, outside
 
 

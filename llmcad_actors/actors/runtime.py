@@ -34,7 +34,9 @@ ENVIRONMENT = {
     "TRANSFORMERS_SDPA_FORCE_GQA": "1",  # grouped heads without copying keys and values: half the attention time
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "1048576",
+    "MALLOC_TRIM_THRESHOLD_": "1048576",
     "PYTHONWARNINGS": "ignore",
 }
 SPARE_DAEMONS = ("kill_monitor", "kill_dashboard", "kill_log_monitor")  # 150 MB that one machine has no use for

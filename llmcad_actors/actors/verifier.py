@@ -1,10 +1,13 @@
 """The verifier process: the streamed target behind an actor. A method unpacks, calls, returns."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 from llmcad_actors.actors.shards import LeasedShards
+from llmcad_actors.actors.traced import TracedShards
 from llmcad_actors.config import VerifierSpec
+from llmcad_actors.core.trace import Recorder
 from llmcad_actors.messages import pack, unpack
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import layout_of
@@ -25,7 +28,9 @@ class VerifierActor:
         self._source = LeasedShards(loader)
         self._pinned = [spec for spec in layout.shards if spec.name in setup.pinned]
         dtype = compute_dtype(checkpoint.dtype, setup.dtype)
-        self._target = Target(checkpoint, layout, self._source, dtype=dtype, capacity=setup.capacity)
+        self._recorder = Recorder("verifier", time.monotonic)
+        source = TracedShards(self._source, self._recorder)
+        self._target = Target(checkpoint, layout, source, dtype=dtype, capacity=setup.capacity)
 
     def ready(self) -> None:
         """Returns when the actor is up; raises what its construction raised."""
@@ -43,4 +48,11 @@ class VerifierActor:
         return self._target.begin(unpack(prompt), unpack(stop_tokens))
 
     def verify(self, tree: bytes) -> bytes:
-        return pack(self._target.verify(unpack(tree)))
+        started = self._recorder.now()
+        verdict = self._target.verify(unpack(tree))
+        self._recorder.add("pass", started, rows=verdict.stats.rows)
+        return pack(verdict)
+
+    def trace(self, keep_on: bool) -> bytes:
+        """What was recorded since the last call; record on, or stop."""
+        return pack(self._recorder.drain(keep_on=keep_on))

@@ -36,8 +36,8 @@ class TreeBuilder(Protocol):
     def expand(self, nodes: Sequence[int], tokens: np.ndarray, logprobs: np.ndarray) -> None:
         """Score the candidates of nodes just run: tokens, logprobs [len(nodes), b], each row descending."""
 
-    def submission(self) -> tuple[TokenTree, np.ndarray]:
-        """The tree to verify and the builder's id of each of its nodes, int64[n]."""
+    def submission(self, limit: int | None = None) -> tuple[TokenTree, np.ndarray]:
+        """The tree to verify and the builder's id of each of its nodes, int64[n]; its `limit` best nodes only."""
 
     def reroot(self, node: int) -> np.ndarray:
         """Keep the subtree strictly below `node`, from now on the root (-1). Returns the kept old ids.

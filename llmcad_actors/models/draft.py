@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from llmcad_actors.core.costs import Costs
 from llmcad_actors.core.fallback import Policy
 from llmcad_actors.core.growth import TreeBuilder
+from llmcad_actors.core.trace import Recorder
 from llmcad_actors.messages import Grown, Submission, Verdict
 from llmcad_actors.models.kv_cache import TreeCache
 from llmcad_actors.models.target import common_prefix
@@ -25,9 +26,7 @@ from llmcad_actors.models.target import common_prefix
 class DraftModel:
     """The model with its tree-masked cache: rows in, candidates out."""
 
-    def __init__(
-        self, path: Path, *, dtype: torch.dtype, vocab: int, context: int, slots: int, children: int
-    ) -> None:
+    def __init__(self, path: Path, *, dtype: torch.dtype, vocab: int, context: int, slots: int, children: int) -> None:
         """`vocab`: ids at or above it are never proposed (padded vocabularies).
 
         context, slots: rows of the cache for the committed prefix and for tree nodes.
@@ -77,9 +76,7 @@ class DraftModel:
         if len(tree):
             self._ancestors[: len(tree), : len(tree)] = self._ancestors[tree][:, tree]
 
-    def _forward(
-        self, tokens: Sequence[int] | np.ndarray, positions: object, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def _forward(self, tokens: Sequence[int] | np.ndarray, positions: object, mask: torch.Tensor) -> torch.Tensor:
         output = self._base(
             input_ids=torch.as_tensor(np.asarray(tokens, dtype=np.int64))[None],
             attention_mask=mask[None, None],
@@ -99,10 +96,19 @@ class DraftModel:
 class Draft:
     """A drafting session: committed tokens, the builder's tree, and which slot each tree node sits in."""
 
-    def __init__(self, model: DraftModel, builder: TreeBuilder, *, batch: int, max_positions: int) -> None:
+    def __init__(
+        self,
+        model: DraftModel,
+        builder: TreeBuilder,
+        *,
+        batch: int,
+        max_positions: int,
+        recorder: Recorder | None = None,
+    ) -> None:
         """`batch`: nodes a step runs at most; `max_positions`: the draft's context, beyond which it is silent."""
         self._model = model
         self._builder = builder
+        self._recorder = recorder or Recorder("draft", time.monotonic)
         self._batch = batch
         self._max_positions = max_positions
         self._tokens: list[int] = []
@@ -119,7 +125,7 @@ class Draft:
 
     def grow(self, verdict: Verdict | None, policy: Policy, costs: Costs) -> Submission:
         """Commit `verdict`, then grow until the policy says verify."""
-        head_start = self._commit(verdict) if verdict is not None else False
+        head_start = self._reroot(verdict) if verdict is not None else False
         started, steps, drafted = time.perf_counter(), 0, 0
         while not self._is_done(policy, costs, time.perf_counter() - started):
             run = self.step(beyond=False)
@@ -146,6 +152,12 @@ class Draft:
 
     def step(self, *, beyond: bool) -> int:
         """One forward pass of the draft; returns the nodes it ran, 0 when there is nothing left to run."""
+        started = self._recorder.now()
+        if run := self._step(beyond):
+            self._recorder.add("step", started, nodes=run, provisional=beyond)
+        return run
+
+    def _step(self, beyond: bool) -> int:
         root = len(self._tokens) - 1
         room = self._model.slots - (self._model.cache.length - self._committed)
         nodes = np.asarray(self._builder.next_nodes(min(self._batch, room), beyond=beyond), dtype=np.int64)
@@ -175,6 +187,12 @@ class Draft:
         self._slots = np.concatenate([self._slots, np.full(grown, -1, dtype=np.int64)])
         return len(nodes)
 
+    def _reroot(self, verdict: Verdict) -> bool:
+        started = self._recorder.now()
+        head_start = self._commit(verdict)
+        self._recorder.add("reroot", started, head_start=head_start, nodes=len(self._builder))
+        return head_start
+
     def _commit(self, verdict: Verdict) -> bool:
         """Move to the verdict's bonus token; True when the draft had already run it (a head start)."""
         path = self._submitted[list(verdict.path)]
@@ -193,8 +211,6 @@ class Draft:
         survivors = np.flatnonzero(self._slots >= 0)
         order = survivors[np.argsort(self._slots[survivors])]
         self._committed = committed + len(prefix)
-        self._model.keep(
-            committed, np.asarray([*prefix, *self._slots[order]], dtype=np.int64), self._committed
-        )
+        self._model.keep(committed, np.asarray([*prefix, *self._slots[order]], dtype=np.int64), self._committed)
         self._slots[order] = np.arange(len(order))
         return True

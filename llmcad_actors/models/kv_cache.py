@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class TreeCacheLayer(CacheLayerMixin):
+class TreeCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer, [1, heads, capacity, head_dim]; rows below `length` are in use."""
 
     is_sliding = False

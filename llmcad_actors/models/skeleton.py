@@ -24,7 +24,7 @@ def parameters_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.to("meta"), requires_grad=False)
         register(module, name, param)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
@@ -56,7 +56,7 @@ class Slots:
     def fill(self, weights: Mapping[str, torch.Tensor]) -> None:
         for key, tensor in weights.items():
             owner, name = self._slots[key]
-            owner._parameters[name] = tensor  # type: ignore[assignment]
+            owner._parameters[name] = tensor
 
     def clear(self) -> None:
         for key, (owner, name) in self._slots.items():

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -55,8 +56,9 @@ class Target:
         self.source = source
         self.dtype = dtype
         self._model = model = build_skeleton(Path(checkpoint.path), dtype)
-        self._base = model.base_model
+        self._base = cast(Any, model.base_model)
         layers = model.get_submodule(layout.family.layers)
+        assert isinstance(layers, torch.nn.ModuleList)
         check_shapes(layers[0], layout)
         stream_layers(layers, self._layer_weights)
         self._embedding = self._base.get_input_embeddings()

@@ -20,9 +20,7 @@ _CHANGES_ENCODING = ("add_bos_token", "add_eos_token", "add_prefix_space", "auto
 def plain_tokenizer(path: Path) -> Tokenizer | None:
     """The directory's tokenizer.json, where that alone decides the ids; None where transformers has a say."""
     config = _tokenizer_config(path)
-    plain = config.get("tokenizer_class") in _PLAIN_CLASSES and not any(
-        config.get(k) for k in _CHANGES_ENCODING
-    )
+    plain = config.get("tokenizer_class") in _PLAIN_CLASSES and not any(config.get(k) for k in _CHANGES_ENCODING)
     return read_tokenizer(path) if plain and (path / "tokenizer.json").is_file() else None
 
 
@@ -42,9 +40,7 @@ def auto_tokenizer_json(path: Path) -> str:
         ) from None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise TokenizerError(
-            f"{path}: the tokenizer has no fast version; save one with `save_pretrained` first"
-        )
+        raise TokenizerError(f"{path}: the tokenizer has no fast version; save one with `save_pretrained` first")
     return str(backend.to_str())
 
 
@@ -52,9 +48,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """tokenizer.json of a directory. Raises `TokenizerError` when it is missing or broken."""
     file = path / "tokenizer.json"
     if not file.is_file():
-        raise TokenizerError(
-            f"{path} has no tokenizer.json; copy the model's tokenizer files into the directory"
-        )
+        raise TokenizerError(f"{path} has no tokenizer.json; copy the model's tokenizer files into the directory")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # `tokenizers` raises bare Exception
@@ -82,7 +76,7 @@ def check_same_tokens(target: dict[str, int], draft: dict[str, int]) -> None:
     if target == draft:
         return
     differing = sorted((target.items() ^ draft.items()), key=lambda item: (item[1], item[0]))
-    token, index = differing[0]
+    index = differing[0][1]
     raise TokenizerError(
         f"draft and target do not share a tokenizer: the first difference is at id {index}, "
         f"{_name(target, index)} in the target and {_name(draft, index)} in the draft "

@@ -49,8 +49,11 @@ CHUNK_BYTES = 8 << 20
 class PendingRead:
     """A read under way. Its buffer belongs to it until `done`, also after a DeadlineError."""
 
-    def __init__(self, file: Path, wanted: Bytes, num_chunks: int) -> None:
+    def __init__(self, file: Path, wanted: Bytes, num_chunks: int, clock: Callable[[], float]) -> None:
         self.file = file
+        self.began = self.ended = clock()  # when the first thread took it up, and when the last was through
+        self._clock = clock
+        self._is_taken = False
         self._wanted = wanted
         self._left = num_chunks
         self._error: LlmcadError | None = None
@@ -80,12 +83,19 @@ class PendingRead:
             raise self._error
         return self._wanted
 
+    def take(self) -> None:
+        """A thread begins with a chunk (a rate limit's waiting included)."""
+        with self._lock:
+            if not self._is_taken:
+                self._is_taken, self.began = True, self._clock()
+
     def settle(self, error: LlmcadError | None = None) -> None:
         """One chunk is over (called by the reading thread). The first error is the one reported."""
         with self._lock:
             self._error = self._error or error
             self._left -= 1
             if self._left == 0:
+                self.ended = self._clock()
                 self._settled.set()
 
 
@@ -113,6 +123,7 @@ class ParallelReader:
             chunk_bytes = min(chunk_bytes, rate_limit.burst_bytes)
         self.chunk_bytes = max(align_down(chunk_bytes), BLOCK)
         self.rate_limit = rate_limit
+        self._clock = clock
         self._meter = _Meter(clock)
         self._files: dict[Path, DirectFile] = {}
         self._lock = threading.Lock()
@@ -150,7 +161,7 @@ class ParallelReader:
         window = buffer.view(at, end - begin)
         wanted = buffer.view(at + offset - begin, nbytes)
         starts = range(begin, end, self.chunk_bytes)
-        pending = PendingRead(file, wanted, len(starts))
+        pending = PendingRead(file, wanted, len(starts), self._clock)
         for start in starts:
             stop = min(start + self.chunk_bytes, end)
             part = window[start - begin : stop - begin]
@@ -190,6 +201,7 @@ class ParallelReader:
             return None
         if self.closed:
             return RuntimeFailure(f"the reader of {chunk.read.file} was closed before it got to this read")
+        chunk.read.take()
         if self.rate_limit is not None:
             self.rate_limit.take(len(chunk.window))
         self._meter.start()
