@@ -21,6 +21,9 @@ from llmcad_actors.errors import LlmcadError
 from llmcad_actors.planning import Prepared, prepare
 from llmcad_actors.results import Result
 from llmcad_actors.status import StatusLine
+from llmcad_actors.trace_file import read_trace
+from llmcad_actors.trace_picture import draw
+from llmcad_actors.trace_views import summary_table, token_tree, write_chrome
 
 app = typer.Typer(
     help="Run language models bigger than the memory you give them, with exactly the model's own output.",
@@ -45,6 +48,9 @@ MaxNodes = Annotated[int | None, typer.Option(help="Tree nodes checked in one pa
 MaxContext = Annotated[int | None, typer.Option(help="Tokens of prompt and output to plan for.")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="One JSON object as the last line; nothing else on standard output.")
+]
+TraceFile = Annotated[
+    Path | None, typer.Option("--trace", help="Write what every part does to this file; see `llmcad trace`.")
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; options win over it.")]
 
@@ -80,12 +86,13 @@ def generate(
     max_context: MaxContext = None,
     as_json: AsJson = False,
     config: ConfigFile = None,
+    trace: TraceFile = None,
 ) -> None:
     """Continue a text with a model bigger than the memory cap; the text streams as it is accepted."""
     text = sys.stdin.read() if prompt == "-" else prompt
     job = _prepare(target, draft, config, memory=memory, dtype=dtype, max_nodes=max_nodes, max_context=max_context)
     with StatusLine(screen) as line, Engine.start(job, say=line.say, count_caller=True) as engine:
-        result = _stream(engine, line, text, show=not as_json, max_new_tokens=max_new_tokens, stop=stop or ())
+        result = _stream(engine, line, text, show=not as_json, max_new_tokens=max_new_tokens, stop=stop or (), trace=trace)
     if as_json:
         print(json.dumps(_report(result, job)))
 
@@ -119,18 +126,39 @@ def demo(
     plain_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate without speculation.")] = 6,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = DEMO_PROMPT,
     as_json: AsJson = False,
+    trace: TraceFile = None,
 ) -> None:
     """Run the bundled model, enlarged beyond the memory cap, with speculation and without, and compare."""
     path = _demo_target(parse_size(size, 1))
     job = prepare(EngineConfig(target=str(path), draft=str(bundled_draft()), memory=memory))
     with StatusLine(screen) as line, Engine.start(job, say=line.say, count_caller=True) as engine:
-        fast = _stream(engine, line, prompt, show=not as_json, max_new_tokens=max_new_tokens)
+        fast = _stream(engine, line, prompt, show=not as_json, max_new_tokens=max_new_tokens, trace=trace)
         line.say(f"the same without speculation, {plain_tokens} tokens")
         plain = engine.generate(prompt, max_new_tokens=plain_tokens, speculate=False)
     if as_json:
         print(json.dumps(_demo_report(fast, plain, job)))
     else:
         Console().print(_demo_table(fast, plain, job))
+
+
+@app.command("trace")
+@reports_errors
+def show_trace(
+    file: Annotated[Path, typer.Argument(help="What `--trace` wrote.")],
+    out: Annotated[Path | None, typer.Option(help="Write a timeline for Perfetto or chrome://tracing (JSON).")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the timeline (needs matplotlib).")] = None,
+    tree: Annotated[int | None, typer.Option(help="Print the token tree of this pass; the first is 1.")] = None,
+) -> None:
+    """Look at a trace: a summary, or a timeline, a picture, the token tree of one pass."""
+    trace = read_trace(file)
+    if out is not None:
+        write_chrome(trace, out)
+    if png is not None:
+        draw(trace, png)
+    if tree is not None:
+        Console().print(token_tree(trace, tree))
+    if (out, png, tree) == (None, None, None):
+        Console().print(summary_table(trace))
 
 
 def _prepare(target: str, draft: str, config: Path | None, **options: Any) -> Prepared:

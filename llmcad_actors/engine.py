@@ -74,7 +74,12 @@ class Engine:
         try:
             watcher.start()
             actors = start_actors(
-                prepared.loader_spec(), prepared.verifier_spec(), prepared.draft_spec(), prepared.policy(), say
+                prepared.loader_spec(),
+                prepared.verifier_spec(),
+                prepared.draft_spec(),
+                prepared.policy(),
+                prepared.costs(),
+                say,
             )
             return cls(prepared, ray_, actors, watcher)
         except BaseException:

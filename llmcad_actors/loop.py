@@ -26,11 +26,15 @@ async def decode(
     drafter: Drafter | None,
     verifier: Verifier,
     policy: Policy,
+    costs: CostModel,
     clock: Clock,
     emit: Callable[[Event], None],
-) -> None:
-    """Run one request to its end. Without a drafter every pass yields one token: the plain baseline."""
-    started, stats, costs, left = clock.now(), Stats(), CostModel(), request.max_new_tokens
+) -> tuple[Policy, CostModel]:
+    """Run one request to its end; returns what was learnt on the way, for the next one.
+
+    Without a drafter every pass yields one token: the plain baseline.
+    """
+    started, stats, left = clock.now(), Stats(), request.max_new_tokens
     verdict, ahead = None, NOTHING_AHEAD
     await verifier.begin(request.prompt, request.stop_tokens)
     if drafter is not None:
@@ -59,7 +63,7 @@ async def decode(
         emit(Tokens(ids, stats))
         if verdict.stopped or left == 0:
             emit(Finished("stop" if verdict.stopped else "length", stats))
-            return
+            return policy, costs
 
 
 async def verify_while_growing(tree: TokenTree, verifier: Verifier, drafter: Drafter | None) -> tuple[Verdict, Grown]:

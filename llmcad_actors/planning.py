@@ -10,7 +10,15 @@ import psutil
 
 from llmcad_actors.config import DraftSpec, EngineConfig, LoaderSpec, VerifierSpec
 from llmcad_actors.core.budget import BudgetInputs, MemoryPlan, parse_rate, parse_size, plan
-from llmcad_actors.core.fallback import AdaptiveConfidence, Policy
+from llmcad_actors.core.costs import CostModel
+from llmcad_actors.core.fallback import (
+    AdaptiveConfidence,
+    FixedDepth,
+    FixedTree,
+    MarginalThroughput,
+    Policy,
+    TokenConfidence,
+)
 from llmcad_actors.errors import ConfigError
 from llmcad_actors.models.families import family_of
 from llmcad_actors.models.tokenizer import check_same_vocabulary
@@ -56,7 +64,21 @@ class Prepared:
         return tuple(eos) if isinstance(eos, list) else (int(eos),)
 
     def policy(self) -> Policy:
-        return AdaptiveConfidence(self.config.alpha)
+        """The fallback policy that the settings name."""
+        config = self.config
+        policies: dict[str, Policy] = {
+            "marginal": MarginalThroughput(),
+            "adaptive": AdaptiveConfidence(config.alpha),
+            "fixed-depth": FixedDepth(config.depth),
+            "fixed-tree": FixedTree(config.widths),
+            "token-confidence": TokenConfidence(config.threshold),
+        }
+        return policies[config.fallback]
+
+    def costs(self) -> CostModel:
+        """What is known of costs before anything has run."""
+        per_pass = self.memory.bytes_per_pass
+        return CostModel(window_share=min(1.0, self.memory.window_bytes / per_pass) if per_pass else 1.0)
 
     def forecast(self) -> dict[str, Any]:
         """The plan as numbers: what each part takes, what is pinned and streamed, the predicted pass."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from llmcad_actors.actors.calls import fetch_async
 from llmcad_actors.actors.traced import TracedDrafter, TracedVerifier
-from llmcad_actors.core.costs import Costs
+from llmcad_actors.core.costs import CostModel, Costs
 from llmcad_actors.core.fallback import Policy
 from llmcad_actors.core.trace import Recorder
 from llmcad_actors.core.tree import TokenTree
@@ -61,11 +61,12 @@ class MonotonicClock:
 class Coordinator:
     """Requests in, events out; the caller polls `events`."""
 
-    def __init__(self, verifier: Any, draft: Any, policy: bytes) -> None:
+    def __init__(self, verifier: Any, draft: Any, policy: bytes, costs: bytes) -> None:
         self._recorder = recorder = Recorder("coordinator", time.monotonic)
         self._verifier = TracedVerifier(RemoteVerifier(verifier), recorder)
         self._drafter = TracedDrafter(RemoteDrafter(draft), recorder) if draft is not None else None
         self._policy: Policy = unpack(policy)
+        self._costs: CostModel = unpack(costs)
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
 
@@ -103,6 +104,11 @@ class Coordinator:
         emit = self._events.put_nowait
         drafter = self._drafter if request.speculate else None
         try:
-            await decode(request, drafter, self._verifier, self._policy, MonotonicClock(), emit)
+            learnt = await decode(
+                request, drafter, self._verifier, self._policy, self._costs, MonotonicClock(), emit
+            )
         except LlmcadError as error:
             emit(Failed(type(error).__name__, str(error)))
+            return
+        if drafter is not None:
+            self._policy, self._costs = learnt

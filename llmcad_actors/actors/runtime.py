@@ -17,6 +17,7 @@ from llmcad_actors.actors.draft import DraftActor
 from llmcad_actors.actors.loader import LoaderActor
 from llmcad_actors.actors.verifier import VerifierActor
 from llmcad_actors.config import DraftSpec, LoaderSpec, VerifierSpec
+from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import Policy
 from llmcad_actors.errors import StorageError
 from llmcad_actors.messages import pack
@@ -129,6 +130,7 @@ def start_actors(
     verifier: VerifierSpec,
     draft: DraftSpec | None,
     policy: Policy,
+    costs: CostModel,
     say: Callable[[str], None],
 ) -> Actors:
     """Start the actors and pin what is to stay; returns when all are ready. Raises what an actor raised.
@@ -138,7 +140,7 @@ def start_actors(
     load = _remote(LoaderActor, max_concurrency=3).remote(pack(loader))  # next waits while release is served
     verify = _remote(VerifierActor).remote(pack(verifier), load)
     drafting = _remote(DraftActor).remote(pack(draft)) if draft is not None else None
-    coordinate = _remote(Coordinator).remote(verify, drafting, pack(policy))
+    coordinate = _remote(Coordinator).remote(verify, drafting, pack(policy), pack(costs))
     actors = Actors(load, verify, drafting, coordinate)
     try:
         _await_ready(actors, say)

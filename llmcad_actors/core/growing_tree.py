@@ -72,8 +72,8 @@ class GrowingTree(ABC):
         self._append(np.repeat(run, admitted.sum(axis=1)), tokens[admitted], bounded[admitted])
         self._steps += 1
 
-    def submission(self) -> tuple[TokenTree, np.ndarray]:
-        nodes, kept = self._nodes, np.sort(self._chosen())
+    def submission(self, limit: int | None = None) -> tuple[TokenTree, np.ndarray]:
+        nodes, kept = self._nodes, np.sort(self._chosen()[:limit])
         chosen = nodes[kept]
         parents = renumbered(nodes["parent"], kept)
         columns = [chosen[name].copy() for name in ("logprob", "depth", "cumulative")]

@@ -132,10 +132,10 @@ class Draft:
             if not run:
                 break
             steps, drafted = steps + 1, drafted + run
-        confidence = self._builder.growth().best_frontier
-        tree, self._submitted = self._builder.submission()
-        seconds = time.perf_counter() - started
-        return Submission(tree, confidence, steps, drafted, seconds, head_start)
+        growth, seconds = self._builder.growth(), time.perf_counter() - started
+        limit = policy.choose_nodes(growth.cumulative, replace(costs, drafted_s=seconds))
+        tree, self._submitted = self._builder.submission(limit)
+        return Submission(tree, growth.best_frontier, steps, drafted, seconds, head_start)
 
     def extend(self, max_steps: int) -> Grown:
         """Up to `max_steps` more steps beyond the submitted tree."""
