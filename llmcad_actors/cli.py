@@ -21,7 +21,7 @@ from llmcad_actors.errors import LlmcadError
 from llmcad_actors.planning import Prepared, prepare
 from llmcad_actors.results import Result
 from llmcad_actors.status import StatusLine
-from llmcad_actors.trace_file import read_trace
+from llmcad_actors.trace_file import check_writable, read_trace
 from llmcad_actors.trace_picture import draw
 from llmcad_actors.trace_views import summary_table, token_tree, write_chrome
 
@@ -89,10 +89,13 @@ def generate(
     trace: TraceFile = None,
 ) -> None:
     """Continue a text with a model bigger than the memory cap; the text streams as it is accepted."""
+    check_writable(trace)
     text = sys.stdin.read() if prompt == "-" else prompt
     job = _prepare(target, draft, config, memory=memory, dtype=dtype, max_nodes=max_nodes, max_context=max_context)
     with StatusLine(screen) as line, Engine.start(job, say=line.say, count_caller=True) as engine:
-        result = _stream(engine, line, text, show=not as_json, max_new_tokens=max_new_tokens, stop=stop or (), trace=trace)
+        result = _stream(
+            engine, line, text, show=not as_json, max_new_tokens=max_new_tokens, stop=stop or (), trace=trace
+        )
     if as_json:
         print(json.dumps(_report(result, job)))
 
@@ -129,6 +132,7 @@ def demo(
     trace: TraceFile = None,
 ) -> None:
     """Run the bundled model, enlarged beyond the memory cap, with speculation and without, and compare."""
+    check_writable(trace)
     path = _demo_target(parse_size(size, 1))
     job = prepare(EngineConfig(target=str(path), draft=str(bundled_draft()), memory=memory))
     with StatusLine(screen) as line, Engine.start(job, say=line.say, count_caller=True) as engine:

@@ -10,7 +10,7 @@ import yaml
 from llmcad_actors.errors import ConfigError
 
 BUILDERS = ("best-first", "pacer")
-FALLBACKS = ("marginal", "adaptive", "fixed-depth", "fixed-tree", "token-confidence")
+FALLBACKS = ("marginal", "adaptive", "fixed-depth", "fixed-tree", "token-confidence", "full-tree")
 DTYPES = ("auto", "float32", "bfloat16")
 
 

@@ -72,6 +72,7 @@ class Prepared:
             "fixed-depth": FixedDepth(config.depth),
             "fixed-tree": FixedTree(config.widths),
             "token-confidence": TokenConfidence(config.threshold),
+            "full-tree": FixedTree(),  # always max_nodes, by whatever builder
         }
         return policies[config.fallback]
 

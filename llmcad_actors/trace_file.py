@@ -7,6 +7,7 @@
 Times are seconds on the machine's monotonic clock. Knows no Ray: who collects is another's business.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,14 @@ class TraceWriter:
     def close(self, missing: Sequence[str] = ()) -> None:
         self.write(pack({_END: True, "missing": tuple(missing)}))
         self._file.close()
+
+
+def check_writable(path: Path | None) -> None:
+    """Raises `UserError` where no trace can be written: to be known before anything is started."""
+    if path is not None and (
+        path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK)
+    ):
+        raise UserError(f"cannot write the trace to {path}: give a file in a folder that exists and can be written to")
 
 
 def read_trace(path: Path) -> Trace:

@@ -1,36 +1,46 @@
 """A trace as a picture: one lane an actor, the tokens accepted so far on top."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmcad_actors.errors import UserError
-from llmcad_actors.trace_file import Trace
+from llmcad_actors.trace_file import Trace, TraceEvent
 from llmcad_actors.trace_views import Pass, passes_of
 
-BARS: tuple[tuple[int, str, str, str, bool | None], ...] = (
-    # lane from the bottom, actor, event, colour, provisional?
-    (0, "loader", "read", "#4c78a8", None),
-    (0, "loader", "put", "#9ecae9", None),
-    (1, "verifier", "compute", "#54a24b", None),
-    (1, "verifier", "stall", "#e45756", None),
-    (2, "draft", "step", "#f58518", False),
-    (2, "draft", "step", "#ffbf79", True),
-    (3, "coordinator", "grow", "#b279a2", None),
-    (3, "coordinator", "verify", "#bab0ac", None),
+LANES = ("loader", "verifier", "draft", "coordinator")  # from the bottom
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """How one kind of event is drawn."""
+
+    lane: str
+    event: str
+    title: str
+    colour: str
+    low: float = -0.4  # in its lane, whose middle is 0
+    high: float = 0.4
+    provisional: bool | None = None  # of draft steps
+
+    def shows(self, event: TraceEvent) -> bool:
+        return self.provisional is None or bool(event.data["provisional"]) is self.provisional
+
+
+BARS = (
+    Bar("loader", "read", "disk read", "#4c78a8", low=-0.1),
+    Bar("loader", "put", "put into the store", "#9ecae9", high=-0.15),  # below the reads, which it overlaps
+    Bar("verifier", "compute", "layer computed", "#54a24b"),
+    Bar("verifier", "stall", "stall", "#e45756"),
+    Bar("draft", "step", "draft step", "#f58518", provisional=False),
+    Bar("draft", "step", "draft step during a pass", "#ffbf79", provisional=True),
+    Bar("coordinator", "grow", "growing", "#b279a2"),
+    Bar("coordinator", "verify", "verifying", "#bab0ac"),
 )
-LANE_NAMES = ("loader", "verifier", "draft", "coordinator")
-TITLES = {
-    "read": "disk read",
-    "put": "put into the store",
-    "compute": "layer computed",
-    "stall": "stall",
-    "grow": "growing",
-    "verify": "verifying",
-}
 
 
 def draw(trace: Trace, path: Path) -> None:
-    """Write the picture to `path` (its ending decides the format).
+    """Write the picture to `path`, whose ending decides the format.
 
     Raises `UserError` where matplotlib is missing or the file cannot be written.
     """
@@ -44,9 +54,9 @@ def draw(trace: Trace, path: Path) -> None:
     figure, (top, bottom) = pyplot.subplots(
         2, 1, sharex=True, figsize=(14, 6), height_ratios=(1, 3), layout="constrained"
     )
+    top.set_title(f"{Path(trace.header.target).name}, {trace.header.date}")
     _draw_tokens(top, passes_of(trace), trace.header.started)
     _draw_lanes(bottom, trace)
-    top.set_title(f"{Path(trace.header.target).name}, {trace.header.date}")
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
@@ -56,11 +66,10 @@ def draw(trace: Trace, path: Path) -> None:
 
 
 def _draw_tokens(axes: Any, passes: list[Pass], zero: float) -> None:
-    times, counts, total = [0.0], [0], 0
+    times, counts = [0.0], [0]
     for each in passes:
-        total += each.num_tokens
         times.append(each.end - zero)
-        counts.append(total)
+        counts.append(counts[-1] + each.num_tokens)
     axes.step(times, counts, where="post", color="black")
     axes.set_ylabel("tokens accepted")
     axes.grid(alpha=0.3)
@@ -68,20 +77,13 @@ def _draw_tokens(axes: Any, passes: list[Pass], zero: float) -> None:
 
 def _draw_lanes(axes: Any, trace: Trace) -> None:
     zero = trace.header.started
-    for lane, actor, name, colour, provisional in BARS:
-        events = [
-            event
-            for event in trace.named(actor, name)
-            if provisional is None or bool(event.data["provisional"]) is provisional
-        ]
-        title = TITLES.get(name) or ("draft step during a pass" if provisional else "draft step")
+    for bar in BARS:
+        events = [event for event in trace.named(bar.lane, bar.event) if bar.shows(event)]
         spans = [(event.start - zero, event.seconds) for event in events]
-        # Puts overlap reads: they get the lane's lower part.
-        low, height = (lane - 0.4, 0.25) if name == "put" else (lane - 0.15 if name == "read" else lane - 0.4, 0.8)
-        height = 0.55 if name == "read" else height
-        axes.broken_barh(spans, (low, height), color=colour, label=title, linewidth=0)
+        bottom = LANES.index(bar.lane) + bar.low
+        axes.broken_barh(spans, (bottom, bar.high - bar.low), color=bar.colour, label=bar.title, linewidth=0)
     for each in passes_of(trace):
         axes.axvline(each.end - zero, color="black", linewidth=0.4, alpha=0.5)
-    axes.set_yticks(range(len(LANE_NAMES)), LANE_NAMES)
+    axes.set_yticks(range(len(LANES)), LANES)
     axes.set_xlabel("seconds")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)

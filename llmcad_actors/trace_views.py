@@ -40,6 +40,10 @@ class Pass:
     def num_tokens(self) -> int:
         return len(self.path) + 1
 
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
 
 def passes_of(trace: Trace) -> list[Pass]:
     """All passes, in order; one that never came back is left out."""
@@ -47,9 +51,7 @@ def passes_of(trace: Trace) -> list[Pass]:
     submissions, verdicts = (trace.named("coordinator", name) for name in ("submission", "verdict"))
     for submission, verdict in zip(submissions, verdicts, strict=False):
         data = verdict.data
-        passes.append(
-            Pass(submission.data["tree"], data["path"], data["bonus"], root, submission.start, verdict.end)
-        )
+        passes.append(Pass(submission.data["tree"], data["path"], data["bonus"], root, submission.start, verdict.end))
         root = data["bonus"]
     return passes
 
@@ -137,15 +139,14 @@ def token_tree(trace: Trace, number: int) -> Tree:
     if not 1 <= number <= len(passes):
         raise UserError(f"--tree {number}: the trace has {len(passes)} passes; give a number from 1 to {len(passes)}")
     seen, show = passes[number - 1], token_texts(trace.header.target)
-    tree = Tree(Text(show(seen.root), style="bold"))
+    counts = f"{len(seen.tree)} nodes, {len(seen.path)} accepted, {seen.num_tokens} tokens, {seen.seconds:.2f} s"
+    tree = Tree(Text.assemble(f"pass {number}: {counts}\n", (show(seen.root), "bold")))
     accepted, branches = set(seen.path), {ROOT: tree}
     for node in _likeliest_first(seen.tree):
         label = _node_label(seen.tree, node, show, accepted=node in accepted)
         branches[node] = branches[int(seen.tree.parents[node])].add(label, guide_style="dim")
     end = seen.path[-1] if seen.path else ROOT
     branches[end].add(Text.assemble((show(seen.bonus), "bold magenta"), ("  the target's own", "magenta")))
-    counts = f"{len(seen.tree)} nodes, {len(seen.path)} accepted, {seen.num_tokens} tokens"
-    tree.label = Text.assemble(f"pass {number}: {counts}, {seen.end - seen.start:.2f} s\n", tree.label)
     return tree
 
 

@@ -21,6 +21,11 @@ class Plain:
         self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self.logprobs = cache(self._logprobs)
 
+    @classmethod
+    def of(cls, path: Path) -> "Plain":
+        """`Plain(path)`, loaded once."""
+        return _loaded(path)
+
     @torch.inference_mode()
     def greedy(self, prompt: Sequence[int], count: int) -> tuple[int, ...]:
         """`generate(do_sample=False)`: the new tokens, the end-of-text token included."""
@@ -50,6 +55,11 @@ class Plain:
     def _logprobs(self, tokens: tuple[int, ...]) -> np.ndarray:
         logits = self.model(torch.tensor([tokens])).logits[0, -1]
         return np.asarray(logits.log_softmax(-1).numpy())
+
+
+@cache
+def _loaded(path: Path) -> Plain:
+    return Plain(path)
 
 
 @cache

@@ -34,9 +34,7 @@ class DraftActor:
             widths=setup.widths,
         )
         self._recorder = Recorder("draft", time.monotonic)
-        self._draft = Draft(
-            model, builder, batch=setup.batch, max_positions=setup.context, recorder=self._recorder
-        )
+        self._draft = Draft(model, builder, batch=setup.batch, max_positions=setup.context, recorder=self._recorder)
         self._slice_steps = setup.slice_steps
 
     def ready(self) -> None:

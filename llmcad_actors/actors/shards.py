@@ -35,8 +35,10 @@ class PinnedShard:
 class LeasedShards:
     """A `ShardSource` over the loader actor. One lease is asked for ahead of the one in use."""
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Any, num_shards: int) -> None:
+        """`num_shards`: of a pass."""
         self._loader = loader
+        self._num_shards = num_shards
         self._ahead: Any = None
         self._pinned: dict[str, PinnedShard] = {}
 
@@ -58,22 +60,29 @@ class LeasedShards:
 
     @contextmanager
     def _next(self, name: str, *, ask_ahead: bool) -> Iterator[dict[str, np.ndarray]]:
-        request = self._ahead if self._ahead is not None else self._ask()
-        self._ahead = None
-        lease, found, refs = fetch(request, SHARD_TIMEOUT_S + 10, f"shard {name}")
+        lease, refs = self._take(name)
+        arrays: dict[str, np.ndarray] = {}
         try:
-            if found != name:
-                raise ActorFailure(f"the loader gave {found} where {name} was due")
-            arrays: dict[str, np.ndarray] = {}
-            for piece in ray.get(refs, timeout=SHARD_TIMEOUT_S):
-                arrays.update(piece)
+            for tensors in ray.get(refs, timeout=SHARD_TIMEOUT_S):
+                arrays |= tensors
             if ask_ahead:
                 self._ahead = self._ask()
             yield arrays
+        finally:  # nothing of the shard may be referred to any more when the loader hears that it is free
             arrays.clear()
-        finally:
-            del refs
+            refs.clear()
+            tensors = None
             self._loader.release.remote(lease)
+
+    def _take(self, name: str) -> tuple[int, list[Any]]:
+        """The lease of shard `name`: the loader's next one, or, after a pass that broke off, one soon after."""
+        for _ in range(self._num_shards):
+            request, self._ahead = self._ahead or self._ask(), None
+            lease, found, refs = fetch(request, SHARD_TIMEOUT_S + 10, f"shard {name}")
+            if found == name:
+                return lease, refs
+            self._loader.release.remote(lease)
+        raise ActorFailure(f"the loader does not read shard {name}")
 
     def _ask(self) -> Any:
         return self._loader.next.remote(SHARD_TIMEOUT_S)

@@ -25,7 +25,7 @@ class VerifierActor:
         self._path = Path(setup.path)
         checkpoint = Checkpoint.open(self._path)
         layout = layout_of(checkpoint)
-        self._source = LeasedShards(loader)
+        self._source = LeasedShards(loader, len(layout.shards))
         self._pinned = [spec for spec in layout.shards if spec.name in setup.pinned]
         dtype = compute_dtype(checkpoint.dtype, setup.dtype)
         self._recorder = Recorder("verifier", time.monotonic)

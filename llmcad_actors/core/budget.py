@@ -22,7 +22,7 @@ from llmcad_actors.errors import MemoryCapError
 
 __all__ = ["BudgetInputs", "MemoryPlan", "Shard", "format_size", "parse_rate", "parse_size", "plan", "smallest_cap"]
 
-STORE_SLACK_BYTES = 4 << 20  # of the object store: headers and alignment of its objects
+STORE_SLACK_BYTES = 16 << 20  # of the object store: headers, alignment, gaps between objects
 NUM_READ_BUFFERS = 2
 _MB = 10**6
 

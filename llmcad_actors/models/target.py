@@ -6,7 +6,7 @@ from a `ShardSource`.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,7 @@ from llmcad_actors.storage.checkpoint import Checkpoint, TensorInfo
 from llmcad_actors.storage.layout import Layout
 from llmcad_actors.storage.reader import read_bytes
 
-ROW_SIZES = (16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 512)
+ROW_SIZES = (16, 32, 64, 96, 144, 192, 256, 320, 384, 512)
 
 
 def padded_rows(rows: int) -> int:
@@ -86,15 +86,22 @@ class Target:
     @contextmanager
     def _layer_weights(self, index: int) -> Iterator[Mapping[str, torch.Tensor]]:
         spec = self.layout.layers[index]
-        with self._leased(spec.name, spec.tensors) as tensors:
-            yield {self.layout.leaf(name): tensor for name, tensor in tensors.items()}
+        with self._leased(spec.name, spec.tensors, self.layout.leaf) as weights:
+            yield weights
 
     @contextmanager
-    def _leased(self, name: str, infos: Sequence[TensorInfo]) -> Iterator[dict[str, torch.Tensor]]:
+    def _leased(
+        self, name: str, infos: Sequence[TensorInfo], key: Callable[[str], str] = str
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """The shard's tensors in the computing type, by `key` of their names; none may outlive the block."""
         started = time.perf_counter()
         with self.source.lease(name) as arrays:
             self._stall_s += time.perf_counter() - started
-            yield {i.name: as_tensor(arrays[i.name], i.dtype, i.shape).to(self.dtype) for i in infos}
+            tensors = {key(i.name): as_tensor(arrays[i.name], i.dtype, i.shape).to(self.dtype) for i in infos}
+            try:
+                yield tensors
+            finally:
+                tensors.clear()  # before the lease ends: the loader counts its bytes as free from then on
 
     def begin(self, prompt: Sequence[int], stop_tokens: Sequence[int]) -> int:
         """Start on a prompt; returns how many of its tokens the cache holds already (a shared prefix)."""
@@ -111,8 +118,12 @@ class Target:
         started, self._stall_s = time.perf_counter(), 0.0
         cached = self._cache.length
         pending = self._tokens[cached:]
-        hidden, rows = self._forward(pending, tree)
-        choices = self._choose(hidden[len(pending) - 1 : len(pending) + len(tree)])
+        try:
+            hidden, rows = self._forward(pending, tree)
+            choices = self._choose(hidden[len(pending) - 1 : len(pending) + len(tree)])
+        except BaseException:
+            self._cache.keep(cached, ())  # the layers that did run have added rows
+            raise
         accepted = walk(tree, choices, self._stop)
         self._commit(tree, accepted.path, accepted.bonus, cached, len(pending))
         seconds = time.perf_counter() - started
@@ -122,7 +133,7 @@ class Target:
     def _forward(self, pending: list[int], tree: TokenTree) -> tuple[torch.Tensor, int]:
         """Final hidden states [rows, hidden] of the pending tokens and the tree."""
         used = len(pending) + len(tree)
-        padding = padded_rows(used) - used
+        padding = max(0, min(padded_rows(used), self._cache.capacity - self._cache.length) - used)
         ids = torch.tensor([*pending, *tree.tokens.tolist(), *[0] * padding])
         root = len(self._tokens) - 1
         positions = np.concatenate(
@@ -159,10 +170,9 @@ class Target:
         choice = torch.zeros(len(hidden), dtype=torch.int64)
         for spec in self.layout.head:
             with self._leased(spec.name, spec.tensors) as tensors:
-                (weight,) = tensors.values()
-                rows = slice(spec.row_start, spec.row_start + len(weight))
+                rows = slice(spec.row_start, spec.row_start + spec.tensors[0].shape[0])
                 bias = None if self._head_bias is None else self._head_bias[rows]
-                value, index = F.linear(hidden, weight, bias).float().max(dim=-1)
+                value, index = F.linear(hidden, tensors[spec.tensors[0].name], bias).float().max(dim=-1)
             better = value > best
             best[better], choice[better] = value[better], index[better] + spec.row_start
         return choice.numpy()

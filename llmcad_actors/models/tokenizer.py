@@ -153,10 +153,10 @@ class StopStrings:
         if self.hit:
             return ""
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.hit = True
-            return self._give(min(found))
+            return self._give(min(found)[1])  # the one that is whole first, however the text was cut into pieces
         return self._give(len(self._held) if final else len(self._held) - self._open_tail())
 
     def _give(self, count: int) -> str:

@@ -27,6 +27,15 @@ def path_of(builder: TreeBuilder, node: int) -> tuple[int, ...]:
     return tuple(path)
 
 
+def all_paths(builder: TreeBuilder) -> list[tuple[int, ...]]:
+    """`path_of` every scored node."""
+    tokens, parents, _ = builder.rows(np.arange(len(builder)))
+    paths: list[tuple[int, ...]] = []
+    for token, parent in zip(tokens.tolist(), parents.tolist(), strict=True):
+        paths.append((*paths[parent], token) if parent != ROOT else (token,))
+    return paths
+
+
 def step(
     builder: TreeBuilder, seed: int, *, limit: int = 64, beyond: bool = False, prefix: tuple[int, ...] = ()
 ) -> int:

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcad_actors.core.budget import BudgetInputs, MemoryPlan, parse_size, plan, smallest_cap
+from llmcad_actors.core.budget import (
+    STORE_SLACK_BYTES,
+    BudgetInputs,
+    MemoryPlan,
+    format_size,
+    parse_size,
+    plan,
+    smallest_cap,
+)
 from llmcad_actors.errors import MemoryCapError
 
 MB = 10**6
@@ -81,7 +89,7 @@ def test_everything_is_pinned_when_everything_fits(inputs: BudgetInputs) -> None
 
 
 def test_each_part_is_what_was_said() -> None:
-    split = plan(inputs_of(50, 50, 50, 50), 700 * MB)
+    split = plan(inputs_of(50, 50, 50, 50), 680 * MB + STORE_SLACK_BYTES)
     assert by_part(split) == {
         "runtime": 300 * MB,
         "draft weights": 100 * MB,
@@ -90,7 +98,7 @@ def test_each_part_is_what_was_said() -> None:
         "target cache": 30 * MB,
         "activations": 40 * MB,
         "read buffers": 20 * MB,
-        "store slack": 4 << 20,
+        "store slack": STORE_SLACK_BYTES,
         "window for streamed shards": 100 * MB,
         "pinned shards": 50 * MB,
     }
@@ -121,7 +129,7 @@ def test_a_refusal_says_what_needs_what() -> None:
     assert "200.0 MB is too small" in message and "a smaller draft" in message
     for part in ("runtime", "draft weights", "window for streamed shards", "activations"):
         assert part in message
-    assert re.search(r"runtime +300\.0 MB", message) and re.search(r"in all +615\.2 MB", message)
+    assert re.search(r"runtime +300\.0 MB", message) and f"{format_size(611 * MB + STORE_SLACK_BYTES):>12}" in message
     without = replace(inputs_of(50, 50, 50), draft_weights=0)
     with pytest.raises(MemoryCapError) as refusal:
         plan(without, 200 * MB)

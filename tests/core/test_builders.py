@@ -14,7 +14,7 @@ from llmcad_actors.core.fixed_expansion import FixedExpansion
 from llmcad_actors.core.growth import TreeBuilder
 from llmcad_actors.core.pacer import BranchPacer
 from llmcad_actors.core.tree import ROOT, TokenTree
-from tests.core.drafting import VOCAB, candidates, grow, path_of, paths_in, step
+from tests.core.drafting import VOCAB, all_paths, candidates, grow, path_of, paths_in, step
 
 BUILDERS: dict[str, Callable[[], TreeBuilder]] = {
     "best-first": lambda: BestFirst(20, batch=4, children=6),
@@ -53,6 +53,17 @@ def test_the_submission_is_a_tree_of_the_drafts_own_candidates(kind: str, seed: 
     rebuilt = TokenTree.build(tree.tokens, tree.parents, tree.logprobs)
     np.testing.assert_allclose(tree.cumulative, rebuilt.cumulative)
     np.testing.assert_array_equal(tree.depths, rebuilt.depths)
+
+
+@KINDS
+@given(seed=seeds, limit=st.integers(0, 25))
+def test_a_smaller_submission_is_made_of_its_most_probable_nodes(kind: str, seed: int, limit: int) -> None:
+    builder = BUILDERS[kind]()
+    grow(builder, seed, max_steps=6)
+    whole, whole_ids = builder.submission()
+    some, ids = builder.submission(limit)
+    expected, kept = whole.top(limit)
+    assert some == expected and ids.tolist() == whole_ids[kept].tolist()
 
 
 @KINDS
@@ -124,17 +135,15 @@ def test_rerooting_keeps_what_was_grown_below_and_only_that(
         step(builder, seed, beyond=True)
     node = data.draw(st.integers(ROOT, len(builder) - 1))
     start, was_expanded = path_of(builder, node), builder.is_expanded(node)
-    before = {i: (path_of(builder, i), builder.is_expanded(i)) for i in range(len(builder))}
+    before = {i: (path, builder.is_expanded(i)) for i, path in enumerate(all_paths(builder))}
     below = [i for i, (path, _) in before.items() if path[: len(start)] == start and path != start]
 
     kept = builder.reroot(node)
 
     assert kept.tolist() == below and len(builder) == len(below)
-    for new, old in enumerate(below):
-        path, expanded = before[old]
-        assert path_of(builder, new) == path[len(start) :]
-        assert builder.is_expanded(new) == expanded
-        assert builder.rows(np.array([new]))[2][0] == len(path) - len(start)
+    assert all_paths(builder) == [before[old][0][len(start) :] for old in below]
+    assert builder.rows(np.arange(len(below)))[2].tolist() == list(map(len, all_paths(builder)))
+    assert [builder.is_expanded(new) for new in range(len(below))] == [before[old][1] for old in below]
     assert builder.is_expanded(ROOT) == was_expanded and builder.growth().steps == 0
     assert (builder.next_nodes(1) == [ROOT]) == (not was_expanded)
 

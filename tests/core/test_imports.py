@@ -2,19 +2,13 @@ import json
 import pkgutil
 import subprocess
 import sys
-from pathlib import Path
 
 import llmcad_actors.core
 
-PACKAGE = Path(llmcad_actors.core.__file__).parents[1]
 MODULES = [f"llmcad_actors.core.{module.name}" for module in pkgutil.iter_modules(llmcad_actors.core.__path__)]
 
-# The package's own door imports the engine, so a bare package stands in for it: this is about the core alone.
 SCRIPT = f"""
-import importlib, json, sys, types
-door = types.ModuleType("llmcad_actors")
-door.__path__ = [{str(PACKAGE)!r}]
-sys.modules["llmcad_actors"] = door
+import importlib, json, sys
 for name in {MODULES!r}:
     importlib.import_module(name)
 print(json.dumps(sorted(sys.modules)))

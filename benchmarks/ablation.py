@@ -1,0 +1,226 @@
+"""What does each technique bring? The demo's target, the same prompts, one engine setting after the other.
+
+    python -m benchmarks.ablation [--prompts 16] [--tokens 128] [--read-limit 400MB/s] [--only sp,ours]
+
+Every configuration is a set of engine settings and nothing else; all of them give the target's own text, and the
+benchmark counts where one does not. What needs no draft runs without it, and may pin layers in its place.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import Spread, emit, measurement, model_paths, read_prompts
+from llmcad_actors.core.stats import Stats
+from llmcad_actors.engine import Engine
+from llmcad_actors.results import Result
+from llmcad_actors.trace_file import read_trace
+from llmcad_actors.trace_views import disk_idle_share
+
+screen = Console(stderr=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A configuration: engine settings under a name."""
+
+    name: str
+    title: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    drafts: bool = True
+
+
+SETTINGS = (
+    Setting("std", "Std: plain, no overlap", {"read_ahead": False}, drafts=False),
+    Setting("stdpl", "StdPL: plain, reading ahead", drafts=False),
+    Setting("sp", "SP: chain of 4", {"fallback": "fixed-depth", "depth": 4, "provisional": False}),
+    Setting("specinfer", "SpecInfer: fixed tree", {"fallback": "fixed-tree", "provisional": False}),
+    Setting(
+        "bld",
+        "BLD, lossless: chain, token confidence",
+        {"fallback": "token-confidence", "children": 1, "batch": 1, "provisional": False},
+    ),
+    Setting(
+        "paper",
+        "LLMCad: pacer, adaptive, provisional",
+        {"builder": "pacer", "fallback": "adaptive", "provisional": True},
+    ),
+    Setting("ours", "ours"),
+    Setting("ours-no-provisional", "ours - provisional growth", {"provisional": False}),
+    Setting("ours-64-nodes", "ours - fallback: always 64 nodes", {"fallback": "full-tree", "max_nodes": 64}),
+    Setting("ours-128-nodes", "ours - fallback: always 128 nodes", {"fallback": "full-tree", "max_nodes": 128}),
+    Setting("ours-chain", "ours - tree: a chain", {"children": 1, "batch": 1}),
+)
+BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """All prompts under one setting."""
+
+    setting: Setting
+    results: tuple[Result, ...]
+    idle_shares: tuple[float, ...]  # of the disk, in steady state
+
+    @property
+    def stats(self) -> tuple[Stats, ...]:
+        return tuple(result.stats for result in self.results)
+
+    def total(self, name: str) -> float:
+        return float(sum(getattr(stats, name) for stats in self.stats))
+
+    def per(self, name: str, of: str) -> float:
+        return self.total(name) / (self.total(of) or 1.0)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the rounds with growth ahead that began with a head start."""
+        return self.total("provisional_hits") / (self.total("provisional_hits") + self.total("provisional_misses") or 1)
+
+    def values(self, reference: Sequence[Result]) -> dict[str, Any]:
+        """For the JSON line. `reference`: what the text has to agree with, as far as both go."""
+        return {
+            "setting": self.setting.name,
+            "seconds_per_token": self.per("seconds", "new_tokens"),
+            "seconds_per_token_by_prompt": Spread.of([s.seconds / s.new_tokens for s in self.stats]),
+            "tokens_per_pass": self.per("new_tokens", "target_passes"),
+            "tokens_per_pass_by_prompt": Spread.of([s.tokens_per_pass for s in self.stats]),
+            "draft_steps_per_pass": self.per("draft_steps", "target_passes"),
+            "nodes_per_pass": self.per("verified_nodes", "target_passes"),
+            "hit_rate": self.hit_rate,
+            "stall_seconds_per_pass": self.per("stall_seconds", "target_passes"),
+            "compute_seconds_per_pass": self.per("compute_seconds", "target_passes"),
+            "seconds_per_pass": self.per("seconds", "target_passes"),
+            "bytes_read": int(self.total("bytes_read")),
+            "peak_memory_bytes": max(stats.peak_memory_bytes for stats in self.stats),
+            "pinned_bytes": self.stats[0].pinned_bytes,
+            "new_tokens": int(self.total("new_tokens")),
+            "texts_that_differ": num_differing(self.results, reference),
+            "disk_idle_share": statistics.median(self.idle_shares) if self.idle_shares else None,
+        }
+
+
+def num_differing(results: Sequence[Result], reference: Sequence[Result]) -> int:
+    """Prompts whose tokens differ before one of the two texts ends. In bf16 an exact tie may fall either way."""
+    pairs = zip(results, reference, strict=False)
+    return sum(any(a != b for a, b in zip(one.token_ids, other.token_ids, strict=False)) for one, other in pairs)
+
+
+def run(
+    setting: Setting,
+    paths: tuple[Path, Path],
+    prompts: Sequence[str],
+    tokens: int,
+    common: Mapping[str, Any],
+    traces: Path | None,
+) -> Measured:
+    """All prompts on one engine, after a pass that touches what has to be touched."""
+    target, draft = paths
+    results, idle = [], []
+    settings = {**common, **setting.settings}
+    with Engine.launch(target, draft if setting.drafts else None, **settings) as engine:
+        engine.generate(prompts[0], max_new_tokens=1)
+        for number, prompt in enumerate(prompts, 1):
+            screen.print(f"{setting.name}: prompt {number} of {len(prompts)}", style="dim")
+            trace = traces / f"{setting.name}-{number}.trace" if traces else None
+            results.append(engine.generate(prompt, max_new_tokens=tokens, speculate=setting.drafts, trace=trace))
+            if trace and (share := disk_idle_share(read_trace(trace))) is not None:
+                idle.append(share)
+    return Measured(setting, tuple(results), tuple(idle))
+
+
+def table_of(lines: Sequence[Mapping[str, Any]], title: str) -> Table:
+    table = Table(title=title)
+    table.add_column("")
+    for column in ("s/token", "vs ours", "tokens/pass", "nodes/pass", "draft steps/pass", "hit rate", "stall s/pass"):
+        table.add_column(column, justify="right")
+    ours = next((line["seconds_per_token"] for line in lines if line["setting"] == "ours"), None)
+    for line in lines:
+        table.add_row(
+            BY_NAME[line["setting"]].title,
+            f"{line['seconds_per_token']:.3f}",
+            f"{line['seconds_per_token'] / ours:.2f}x" if ours else "",
+            f"{line['tokens_per_pass']:.2f}",
+            f"{line['nodes_per_pass']:.0f}",
+            f"{line['draft_steps_per_pass']:.1f}",
+            f"{line['hit_rate']:.0%}",
+            f"{line['stall_seconds_per_pass']:.2f}",
+        )
+    return table
+
+
+def draw(lines: Sequence[Mapping[str, Any]], title: str, png: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(lines) + 1.5), layout="constrained")
+    titles = [BY_NAME[line["setting"]].title for line in lines]
+    seconds = [line["seconds_per_token"] for line in lines]
+    low, high = (
+        [abs(line["seconds_per_token_by_prompt"][end] - line["seconds_per_token"]) for line in lines]
+        for end in ("min", "max")
+    )
+    colours = ["#f58518" if line["setting"].startswith("ours") else "#4c78a8" for line in lines]
+    bars = axes.barh(titles, seconds, xerr=[low, high], color=colours, ecolor="#888888")
+    axes.bar_label(bars, [f" {value:.3f}" for value in seconds])
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds per token (line: from the best prompt to the worst)", title=title)
+    figure.savefig(png, dpi=150)
+
+
+def chosen(only: str | None) -> list[Setting]:
+    if only is None:
+        return list(SETTINGS)
+    names = [name.strip() for name in only.split(",")]
+    unknown = [name for name in names if name not in BY_NAME]
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)}: the settings are {', '.join(BY_NAME)}")
+    return [BY_NAME[name] for name in names]
+
+
+def main(
+    prompts: Annotated[int, typer.Option(min=1, max=16, help="How many of the prompts to run.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 128,
+    plain_tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt without a draft.")] = 6,
+    only: Annotated[str | None, typer.Option(help=f"Some of: {', '.join(BY_NAME)}.")] = None,
+    target: Annotated[str, typer.Option(help="Model directory, `demo` or `bundled`.")] = "demo",
+    draft: Annotated[str | None, typer.Option(help="Draft directory; default: the bundled one.")] = None,
+    memory: Annotated[str, typer.Option(help="Memory cap.")] = "1.5GB",
+    read_limit: Annotated[str | None, typer.Option(help="Hold reads to a rate, such as 400MB/s.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Append JSON lines here; default: print them.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the bars.")] = None,
+    traces: Annotated[Path | None, typer.Option(help="Keep a trace of every run in this folder.")] = None,
+) -> None:
+    """Run the configurations one after the other; prints a table, and a JSON line for each."""
+    texts, paths, settings = read_prompts(prompts), model_paths(target, draft), chosen(only)
+    common = {"memory": memory, "read_limit": read_limit, "dtype": dtype}
+    if traces is not None:
+        traces.mkdir(parents=True, exist_ok=True)
+    lines: list[dict[str, Any]] = []
+    reference: tuple[Result, ...] = ()
+    for setting in settings:
+        count = tokens if setting.drafts else plain_tokens
+        measured = run(setting, paths, texts, count, common, traces)
+        config = {**common, **setting.settings, "target": target, "tokens": count, "prompts": prompts}
+        values = measured.values(reference)
+        lines.append(measurement("ablation", values, config=config, cache_state="O_DIRECT: the page cache is not used"))
+        emit(lines[-1], out)
+        if not reference or len(reference[0].token_ids) < len(measured.results[0].token_ids):
+            reference = measured.results
+    title = f"{target}, {memory}, {f'reads held to {read_limit}' if read_limit else 'reads unlimited'}"
+    Console().print(table_of(lines, title))
+    if png is not None:
+        draw(lines, title, png)
+
+
+if __name__ == "__main__":
+    typer.run(main)

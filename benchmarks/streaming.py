@@ -1,0 +1,159 @@
+"""How much of the disk does plain streaming use? Bare O_DIRECT reads of the same bytes against llmcad's passes.
+
+    python -m benchmarks.streaming [--target demo] [--memory 1.5GB] [--runs 5]
+
+Both read the streamed shards of the same plan, with as many threads and the same chunks; they take turns, because
+disks change their mind from minute to minute. The first pass of a run is left out: it finds the window full.
+"""
+
+import itertools
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.common import Spread, emit, measurement, model_paths
+from llmcad_actors.config import EngineConfig
+from llmcad_actors.engine import Engine
+from llmcad_actors.planning import Prepared, prepare
+from llmcad_actors.storage.pieces import Piece, pieces_of
+from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader, TokenBucket, buffer_bytes
+
+PROMPT = "def read_lines(path):\n    "
+NUM_BUFFERS = 4  # the bare reader never waits for one
+READ_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Bytes per second: the disk by itself, then llmcad."""
+
+    raw: float
+    llmcad: float
+    stall_share: float  # of llmcad's passes
+    is_direct: bool
+
+    @property
+    def ratio(self) -> float:
+        return self.llmcad / self.raw
+
+
+def measure(job: Prepared, engine: Engine, passes: int) -> Run:
+    await_idle_disk(engine)
+    raw, is_direct = raw_rate(job, passes)
+    llmcad, stall_share = streaming_rate(engine, passes)
+    return Run(raw, llmcad, stall_share, is_direct)
+
+
+def await_idle_disk(engine: Engine) -> None:
+    """The loader reads ahead until its window is full."""
+    before, now = -1, engine.status().bytes_read
+    while now != before:
+        time.sleep(0.5)
+        before, now = now, engine.status().bytes_read
+
+
+def raw_rate(job: Prepared, passes: int) -> tuple[float, bool]:
+    """Bytes per second of reading the streamed shards `passes` times, and whether the page cache was bypassed."""
+    spec = job.loader_spec()
+    pieces = [p for s in job.layout.shards if s.name in job.memory.streamed for p in pieces_of(s, spec.piece_bytes)]
+    size = buffer_bytes(max(piece.nbytes for piece in pieces))
+    buffers = deque(AlignedBuffer(size, populate=True) for _ in range(NUM_BUFFERS))
+    limit = TokenBucket(spec.rate_limit) if spec.rate_limit else None
+    with ParallelReader(spec.threads, spec.chunk_bytes, limit) as reader:
+        started = time.perf_counter()
+        total = _read_all(reader, itertools.chain.from_iterable([pieces] * passes), buffers)
+        return total / (time.perf_counter() - started), reader.direct
+
+
+def _read_all(reader: ParallelReader, pieces: "itertools.chain[Piece]", buffers: deque[AlignedBuffer]) -> int:
+    total, pending = 0, deque[tuple[Any, AlignedBuffer]]()
+    for piece in pieces:
+        if not buffers:
+            read, buffer = pending.popleft()
+            read.wait(READ_TIMEOUT_S)
+            buffers.append(buffer)
+        buffer = buffers.popleft()
+        pending.append((reader.submit(piece.file, piece.offset, piece.nbytes, buffer), buffer))
+        total += piece.nbytes
+    for read, _ in pending:
+        read.wait(READ_TIMEOUT_S)
+    return total
+
+
+def streaming_rate(engine: Engine, passes: int) -> tuple[float, float]:
+    """Streamed bytes per second over `passes` passes after the first, and the share of the time spent stalling."""
+    times, stalls = [], []
+    for _ in engine.stream(PROMPT, max_new_tokens=passes + 1, speculate=False):
+        times.append(engine.stats.seconds)
+        stalls.append(engine.stats.stall_seconds)
+    if len(times) < 2:
+        raise SystemExit("the model ended its text at once; nothing to measure")
+    seconds = times[-1] - times[0]
+    num_bytes = engine.prepared.memory.bytes_per_pass * (engine.stats.target_passes - 1)
+    return num_bytes / seconds, (stalls[-1] - stalls[0]) / seconds
+
+
+def draw(runs: list[Run], png: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for offset, name in ((-0.2, "raw"), (0.2, "llmcad")):
+        rates = [getattr(run, name) / 1e9 for run in runs]
+        axes.bar([i + offset for i in range(1, len(runs) + 1)], rates, 0.4, label=name)
+    axes.set(xlabel="run", ylabel="GB/s", title="bare O_DIRECT reads, and passes of llmcad, in turn")
+    axes.legend()
+    figure.savefig(png, dpi=150)
+
+
+def main(
+    target: Annotated[str, typer.Option(help="Model directory, `demo` or `bundled`.")] = "demo",
+    memory: Annotated[str, typer.Option(help="Memory cap: it decides what is streamed.")] = "1.5GB",
+    threads: Annotated[int, typer.Option(help="Reading threads.")] = EngineConfig(target="").read_threads,
+    chunk: Annotated[int, typer.Option(help="Bytes of one read request.")] = EngineConfig(target="").chunk_bytes,
+    read_limit: Annotated[str | None, typer.Option(help="Hold all reads to a rate, such as 400MB/s.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each, in turn.")] = 5,
+    passes: Annotated[int, typer.Option(min=1, help="Passes measured per run.")] = 5,
+    png: Annotated[Path | None, typer.Option(help="Draw the runs.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Append the JSON line here instead of printing it.")] = None,
+) -> None:
+    """Bare reads of the streamed bytes against plain streaming, in turn; prints one JSON line with the ratio."""
+    path, _ = model_paths(target)
+    settings: dict[str, Any] = {
+        "memory": memory,
+        "read_threads": threads,
+        "chunk_bytes": chunk,
+        "read_limit": read_limit,
+    }
+    job = prepare(EngineConfig(target=str(path), **settings))
+    if not job.memory.streamed:
+        raise SystemExit(f"nothing is streamed at --memory {memory}: give less")
+    with Engine.start(job) as engine:
+        engine.generate(PROMPT, max_new_tokens=1, speculate=False)
+        measured = [measure(job, engine, passes) for _ in range(runs)]
+    values = {
+        "ratio": Spread.of([run.ratio for run in measured]),
+        "raw_bytes_per_s": Spread.of([run.raw for run in measured]),
+        "llmcad_bytes_per_s": Spread.of([run.llmcad for run in measured]),
+        "stall_share": Spread.of([run.stall_share for run in measured]),
+        "bytes_per_pass": job.memory.bytes_per_pass,
+        "target_bytes": job.target.total_bytes,
+    }
+    direct = all(run.is_direct for run in measured)
+    cache_state = "O_DIRECT: the page cache is not used" if direct else "buffered; pages are dropped once read"
+    config = {"target": target, **settings, "passes": passes}
+    emit(measurement("streaming", values, config=config, cache_state=cache_state), out)
+    if png is not None:
+        draw(measured, png)
+
+
+if __name__ == "__main__":
+    typer.run(main)

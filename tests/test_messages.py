@@ -1,0 +1,104 @@
+"""Everything that crosses processes comes out as it went in, and nothing else crosses."""
+
+import dataclasses
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmcad_actors import config, messages
+from llmcad_actors.config import DraftSpec, LoaderSpec, VerifierSpec
+from llmcad_actors.core.calibration import Calibration
+from llmcad_actors.core.costs import CostModel, Costs
+from llmcad_actors.core.fallback import AdaptiveConfidence, FixedDepth, FixedTree, MarginalThroughput, TokenConfidence
+from llmcad_actors.core.stats import Stats
+from llmcad_actors.core.tree import TokenTree
+from llmcad_actors.messages import pack, unpack
+from tests.core.drafting import trees
+
+IDS = (1, 5, 4095)
+STATS = Stats(seconds=1.5, new_tokens=3, tokens_per_pass=1.5, bytes_read=2**40)
+PASS = messages.PassStats(seconds=1.0, stall_s=0.25, compute_s=0.75, rows=16)
+TREE = TokenTree.build([7, 8, 9], [-1, 0, 0], [-0.5, -1e4, 0.0])
+VALUES: tuple[Any, ...] = (
+    messages.Request(IDS, 64, (0, 2), speculate=False, provisional=False),
+    messages.Submission(TREE, 0.25, 3, 9, 0.5, True),
+    messages.Grown(2, 16, False),
+    PASS,
+    messages.Verdict((0, 2), 17, True, PASS),
+    messages.Progress("layer.3", 3, 24, 2**40, 1.5),
+    messages.Tokens(IDS, STATS),
+    messages.Provisional(IDS),
+    messages.Finished("stop", STATS),
+    messages.Failed("DeadlineError", "it did not come\n"),
+    STATS,
+    TREE,
+    TokenTree.empty(),
+    Costs(0.01, 1.0, 0.1, 0.002, 0.5, 0.25),
+    CostModel(window_share=0.1),
+    AdaptiveConfidence(0.02, "average"),
+    FixedDepth(3),
+    FixedTree((1, 2)),
+    TokenConfidence(0.3, 8),
+    MarginalThroughput(),
+    Calibration(),
+    LoaderSpec("/m", ("layer.0",), 10**9, 2**25, 2**23, 4, None),
+    VerifierSpec("/m", (), "float32", 2, 512),
+    DraftSpec("/d", "auto", 1, 4096, 2048, 512, "best-first", 128, 8, 16, (1, 1, 3), 2),
+    None,
+    (),
+    "text",
+    {"a": (1, 2.5, True)},
+)
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+def test_a_message_comes_out_as_it_went_in(value: object) -> None:
+    found = unpack(pack(value))
+    assert type(found) is type(value)
+    assert found == value
+
+
+def test_every_message_and_spec_is_tried() -> None:
+    tried = {type(value) for value in VALUES}
+    for module in (messages, config):
+        for kind in vars(module).values():
+            if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__:  # type: ignore[union-attr]
+                assert kind in tried or kind is config.EngineConfig, kind
+
+
+@given(tree=trees())
+def test_any_tree_crosses(tree: TokenTree) -> None:
+    found = unpack(pack((tree, tree)))[1]
+    assert found == tree
+    assert np.array_equal(found.cumulative, tree.cumulative)
+    assert not found.tokens.flags.writeable
+
+
+@pytest.mark.parametrize("array", [np.arange(6, dtype=np.float32).reshape(2, 3), np.zeros((0, 4)), np.array(True)])
+def test_arrays_keep_type_and_shape(array: np.ndarray) -> None:
+    found = unpack(pack(array))
+    assert (found.dtype, found.shape) == (array.dtype, array.shape)
+    assert np.array_equal(found, array)
+
+
+def test_numbers_of_numpy_become_numbers() -> None:
+    found = unpack(pack((np.int64(3), np.float32(0.5), np.bool_(True))))
+    assert found == (3, 0.5, True)
+    assert [type(value) for value in found] == [int, float, bool]
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, ValueError("x"), print])
+def test_nothing_else_crosses(value: object) -> None:
+    with pytest.raises(TypeError, match="does not cross processes"):
+        pack(value)
+
+
+@pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "llmcad_actors.engine:Engine"])
+def test_only_messages_are_built_from_bytes(name: str) -> None:
+    forged = msgpack.packb(msgpack.ExtType(2, msgpack.packb([name, "true"])))
+    with pytest.raises(ValueError, match="is not a message"):
+        unpack(forged)
