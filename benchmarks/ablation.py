@@ -7,6 +7,7 @@ benchmark counts where one does not. What needs no draft runs without it, and ma
 """
 
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from llmcad_actors.trace_file import read_trace
 from llmcad_actors.trace_views import disk_idle_share
 
 screen = Console(stderr=True)
+TABLE_WIDTH = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +139,16 @@ def run(
 
 def table_of(lines: Sequence[Mapping[str, Any]], title: str) -> Table:
     table = Table(title=title)
-    table.add_column("")
-    for column in ("s/token", "vs ours", "tokens/pass", "nodes/pass", "draft steps/pass", "hit rate", "stall s/pass"):
+    table.add_column("", no_wrap=True)
+    for column in (
+        "seconds per token",
+        "against ours",
+        "tokens per pass",
+        "nodes per pass",
+        "draft steps per pass",
+        "hit rate",
+        "stall s per pass",
+    ):
         table.add_column(column, justify="right")
     ours = next((line["seconds_per_token"] for line in lines if line["setting"] == "ours"), None)
     for line in lines:
@@ -172,6 +182,7 @@ def draw(lines: Sequence[Mapping[str, Any]], title: str, png: Path) -> None:
     bars = axes.barh(titles, seconds, xerr=[low, high], color=colours, ecolor="#888888")
     axes.bar_label(bars, [f" {value:.3f}" for value in seconds])
     axes.invert_yaxis()
+    axes.margins(x=0.12)
     axes.set(xlabel="seconds per token (line: from the best prompt to the worst)", title=title)
     figure.savefig(png, dpi=150)
 
@@ -217,7 +228,7 @@ def main(
         if not reference or len(reference[0].token_ids) < len(measured.results[0].token_ids):
             reference = measured.results
     title = f"{target}, {memory}, {f'reads held to {read_limit}' if read_limit else 'reads unlimited'}"
-    Console().print(table_of(lines, title))
+    Console(width=None if sys.stdout.isatty() else TABLE_WIDTH).print(table_of(lines, title))
     if png is not None:
         draw(lines, title, png)
 

@@ -9,9 +9,11 @@ Every emitted token is the target's own choice, so the draft decides only how ma
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import Policy, outcome_of
+from llmcad_actors.core.provisional import Patience
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.messages import Event, Finished, Grown, Provisional, Request, Submission, Tokens, Verdict
@@ -35,7 +37,7 @@ async def decode(
     Without a drafter every pass yields one token: the plain baseline.
     """
     started, stats, left = clock.now(), Stats(), request.max_new_tokens
-    verdict, ahead = None, NOTHING_AHEAD
+    verdict, ahead, patience = None, NOTHING_AHEAD, Patience()
     await verifier.begin(request.prompt, request.stop_tokens)
     if drafter is not None:
         await drafter.begin(request.prompt)
@@ -43,11 +45,14 @@ async def decode(
         grown = NO_TREE if drafter is None else await drafter.grow(verdict, policy, costs.costs())
         emit(Provisional(most_probable_path(grown.tree)))
         was_ahead = ahead.steps > 0
-        verdict, ahead = await verify_while_growing(grown.tree, verifier, drafter if request.provisional else None)
+        helper = drafter if request.provisional and not patience.is_over else None
+        verdict, ahead = await verify_while_growing(grown.tree, verifier, helper, clock)
 
+        patience = patience.after(ahead.late_s, verdict.stats.seconds)
         policy = policy.after(outcome_of(grown.tree, verdict.path, grown.confidence))
         costs = costs.after(grown, verdict)
         ids = new_tokens(grown.tree, verdict)[:left]
+        stopped = verdict.stopped and len(ids) == len(verdict.path) + 1  # the stop token itself was not cut off
         left -= len(ids)
         stats = stats.after_pass(
             seconds=clock.now() - started,
@@ -61,18 +66,25 @@ async def decode(
             stall_s=verdict.stats.stall_s,
         )
         emit(Tokens(ids, stats))
-        if verdict.stopped or left == 0:
-            emit(Finished("stop" if verdict.stopped else "length", stats))
+        if stopped or left == 0:
+            emit(Finished("stop" if stopped else "length", stats))
             return policy, costs
 
 
-async def verify_while_growing(tree: TokenTree, verifier: Verifier, drafter: Drafter | None) -> tuple[Verdict, Grown]:
+async def verify_while_growing(
+    tree: TokenTree, verifier: Verifier, drafter: Drafter | None, clock: Clock
+) -> tuple[Verdict, Grown]:
     """One pass; as long as it runs, the draft grows beyond the submitted tree, slice by slice."""
-    ahead = Grown(steps=0, drafted=0, can_go_on=drafter is not None)
+    ahead, ended = NOTHING_AHEAD, [0.0]
     checking = asyncio.ensure_future(verifier.verify(tree))
+    checking.add_done_callback(lambda _: ended.append(clock.now()))
     try:
-        while drafter is not None and ahead.can_go_on and not checking.done():
+        while drafter is not None and not checking.done():
             ahead = ahead.plus(await drafter.extend())
+            if not ahead.can_go_on:
+                break
+        if checking.done():
+            ahead = replace(ahead, late_s=clock.now() - ended[-1])
         return await checking, ahead
     finally:
         checking.cancel()

@@ -43,6 +43,7 @@ class Grown:
     steps: int
     drafted: int
     can_go_on: bool  # there is more to run
+    late_s: float = 0.0  # the verdict waited so long for the last step to end
 
     def plus(self, later: "Grown") -> "Grown":
         return Grown(self.steps + later.steps, self.drafted + later.drafted, later.can_go_on)

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmcad_actors.core.acceptance import Accepted, walk
 from llmcad_actors.core.tree import TokenTree
 
+torch.set_num_threads(1)  # tiny models: threads would only wait for each other
+
 
 class Plain:
     """A checkpoint in float32."""

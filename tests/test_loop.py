@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcad_actors.core.fallback import AdaptiveConfidence
+from llmcad_actors.core.costs import CostModel
+from llmcad_actors.core.fallback import AdaptiveConfidence, Policy
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import DeadlineError
 from llmcad_actors.loop import decode, most_probable_path
@@ -49,8 +50,14 @@ def plain(choose: Choose, count: int, stop: tuple[int, ...] = ()) -> tuple[int, 
 
 def run(request: Request, verifier: FunctionVerifier, drafter: FunctionDrafter | None) -> list[Event]:
     events: list[Event] = []
-    asyncio.run(decode(request, drafter, verifier, AdaptiveConfidence(), TickingClock(), events.append))
+    asyncio.run(task(request, verifier, drafter, events))
     return events
+
+
+async def task(
+    request: Request, verifier: FunctionVerifier, drafter: FunctionDrafter | None, events: list[Event]
+) -> tuple[Policy, CostModel]:
+    return await decode(request, drafter, verifier, AdaptiveConfidence(), CostModel(), TickingClock(), events.append)
 
 
 def tokens_in(events: list[Event]) -> tuple[int, ...]:
@@ -76,6 +83,14 @@ def test_the_output_is_the_targets_own_whatever_the_draft(
     (end,) = (event for event in events if isinstance(event, Finished))
     assert end is events[-1]
     assert end.reason == ("stop" if expected[-1] in stop else "length")
+
+
+def test_what_was_learnt_is_handed_on() -> None:
+    verifier = FunctionVerifier(target(2))
+    request = Request(PROMPT, 20, ())
+    policy, costs = asyncio.run(task(request, verifier, FunctionDrafter(half_right(target(2))), []))
+    assert policy != AdaptiveConfidence()
+    assert costs.num_passes == len(verifier.trees)
 
 
 @pytest.mark.parametrize("kind", DRAFTS)
@@ -142,14 +157,12 @@ def test_tokens_beyond_the_length_are_cut_and_a_stop_among_them_does_not_count()
 def test_a_cancelled_loop_ends_its_pass() -> None:
     async def cancelled(drafter: FunctionDrafter | None) -> int:
         verifier, events = FunctionVerifier(target(1), turns=10**9), list[Event]()
-        task = asyncio.create_task(
-            decode(Request(PROMPT, 9, ()), drafter, verifier, AdaptiveConfidence(), TickingClock(), events.append)
-        )
+        running = asyncio.create_task(task(Request(PROMPT, 9, ()), verifier, drafter, events))
         while not verifier.num_running:
             await asyncio.sleep(0)
-        task.cancel()
+        running.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await task
+            await running
         await asyncio.sleep(0)
         return verifier.num_running
 

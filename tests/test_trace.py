@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from typer.testing import CliRunner
 
 from llmcad_actors.bundled import bundled_draft, bundled_target
+from llmcad_actors.cli import app
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import smallest_cap
 from llmcad_actors.core.trace import Recorder, Span, TraceBatch
@@ -308,6 +310,31 @@ def test_without_matplotlib_the_error_says_what_to_install(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'llmcad-actors\[plot\]'"):
         draw(trace, tmp_path / "x.png")
+
+
+# The command
+
+
+def test_the_command_prints_a_summary_or_what_is_asked_for(file: Path, tmp_path: Path) -> None:
+    command = CliRunner()
+    assert "50.0%" in command.invoke(app, ["trace", str(file)]).stdout
+    assert "pass 1: 3 nodes" in command.invoke(app, ["trace", str(file), "--tree", "1"]).stdout
+    assert command.invoke(app, ["trace", str(file), "--out", str(tmp_path / "x.json")]).stdout == ""
+    assert (tmp_path / "x.json").exists()
+
+
+def test_the_command_reports_a_bad_trace_in_a_paragraph(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "foreign").write_text("hello")
+    for words in ([str(tmp_path / "foreign")], [str(tmp_path / "absent")], [str(file), "--tree", "9"]):
+        result = CliRunner().invoke(app, ["trace", *words])
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith("llmcad: ") and "Traceback" not in result.stderr
+
+
+def test_a_trace_that_cannot_be_written_ends_the_command_before_anything_starts(tmp_path: Path) -> None:
+    for words in (["generate", "hello"], ["demo"]):
+        result = CliRunner().invoke(app, [*words, "--trace", str(tmp_path / "absent" / "x.trace")])
+        assert result.exit_code == 2 and "cannot write the trace" in result.stderr
 
 
 # A real run

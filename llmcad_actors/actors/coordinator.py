@@ -2,6 +2,9 @@
 
 import asyncio
 import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from llmcad_actors.actors.calls import fetch_async
@@ -58,6 +61,26 @@ class MonotonicClock:
         return time.monotonic()
 
 
+class Outbox:
+    """Events on their way to the caller. Nothing is lost when a wait for them ends."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._arrived = asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        self._events.append(event)
+        self._arrived.set()
+
+    async def take(self, wait_s: float) -> list[Event]:
+        """All events since the last call; waits up to `wait_s` for the first."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._arrived.wait(), wait_s)
+        events, self._events = self._events, []
+        self._arrived.clear()
+        return events
+
+
 class Coordinator:
     """Requests in, events out; the caller polls `events`."""
 
@@ -67,7 +90,7 @@ class Coordinator:
         self._drafter = TracedDrafter(RemoteDrafter(draft), recorder) if draft is not None else None
         self._policy: Policy = unpack(policy)
         self._costs: CostModel = unpack(costs)
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._outbox = Outbox()
         self._task: asyncio.Task[None] | None = None
 
     async def ready(self) -> None:
@@ -76,19 +99,12 @@ class Coordinator:
     async def start(self, request: bytes) -> None:
         """Begin a request; a request still running is cancelled first."""
         await self.cancel()
-        self._events = asyncio.Queue()
-        self._task = asyncio.create_task(self._run(unpack(request)))
+        self._outbox = Outbox()
+        self._task = asyncio.create_task(self._run(unpack(request), self._outbox.put))
 
     async def events(self, wait_s: float) -> bytes:
         """Events since the last call; waits up to `wait_s` for the first."""
-        found: list[Event] = []
-        try:
-            found.append(await asyncio.wait_for(self._events.get(), wait_s))
-        except TimeoutError:
-            return pack(found)
-        while not self._events.empty():
-            found.append(self._events.get_nowait())
-        return pack(found)
+        return pack(await self._outbox.take(wait_s))
 
     async def cancel(self) -> None:
         """Stop the running request. A pass under way runs to its end, and nobody waits for it."""
@@ -100,15 +116,15 @@ class Coordinator:
         """What was recorded since the last call; record on, or stop."""
         return pack(self._recorder.drain(keep_on=keep_on))
 
-    async def _run(self, request: Request) -> None:
-        emit = self._events.put_nowait
+    async def _run(self, request: Request, emit: Callable[[Event], None]) -> None:
         drafter = self._drafter if request.speculate else None
         try:
-            learnt = await decode(
-                request, drafter, self._verifier, self._policy, self._costs, MonotonicClock(), emit
-            )
+            learnt = await decode(request, drafter, self._verifier, self._policy, self._costs, MonotonicClock(), emit)
         except LlmcadError as error:
             emit(Failed(type(error).__name__, str(error)))
+            return
+        except Exception:  # a bug of ours: the caller must hear of it, or would wait for ever
+            emit(Failed("ActorFailure", f"the coordinator broke: {traceback.format_exc()}"))
             return
         if drafter is not None:
             self._policy, self._costs = learnt

@@ -1,7 +1,12 @@
-"""The draft process: the resident draft model behind an actor, computing only when nobody else wants the cores."""
+"""The draft process: the resident draft model behind an actor.
+
+While a pass is waiting for its tree, the draft works at normal priority. While a pass runs, it works in a thread that
+gets only what the others leave (SCHED_IDLE; scheduling is by thread, and a thread that is not root cannot come back).
+"""
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llmcad_actors.config import DraftSpec
@@ -9,6 +14,8 @@ from llmcad_actors.core.builders import make_builder
 from llmcad_actors.core.trace import Recorder
 from llmcad_actors.messages import pack, unpack
 from llmcad_actors.storage.checkpoint import Checkpoint
+
+SLICE_TIMEOUT_S = 300.0
 
 
 class DraftActor:
@@ -19,7 +26,6 @@ class DraftActor:
         from llmcad_actors.models.tensors import compute_dtype
 
         setup: DraftSpec = unpack(spec)
-        give_way()
         torch.set_num_threads(setup.threads)
         path = Path(setup.path)
         dtype = compute_dtype(Checkpoint.open(path).dtype, setup.dtype)
@@ -36,6 +42,7 @@ class DraftActor:
         self._recorder = Recorder("draft", time.monotonic)
         self._draft = Draft(model, builder, batch=setup.batch, max_positions=setup.context, recorder=self._recorder)
         self._slice_steps = setup.slice_steps
+        self._leftover = ThreadPoolExecutor(max_workers=1, initializer=give_way)
 
     def ready(self) -> None:
         """Returns when the actor is up; raises what its construction raised."""
@@ -48,7 +55,7 @@ class DraftActor:
         return pack(self._draft.grow(verdict, policy, costs))
 
     def extend(self) -> bytes:
-        return pack(self._draft.extend(self._slice_steps))
+        return pack(self._leftover.submit(self._draft.extend, self._slice_steps).result(SLICE_TIMEOUT_S))
 
     def trace(self, keep_on: bool) -> bytes:
         """What was recorded since the last call; record on, or stop."""
@@ -56,6 +63,6 @@ class DraftActor:
 
 
 def give_way() -> None:
-    """Run under SCHED_IDLE where there is such a thing: a pass that computes is never slowed by drafting."""
+    """Put the calling thread under SCHED_IDLE, where there is such a thing."""
     if hasattr(os, "SCHED_IDLE"):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

@@ -56,7 +56,8 @@ class Loader:
     ) -> None:
         """`read_ahead`: False reads a shard only once it is asked for and no lease is out."""
         self._read_ahead = read_ahead
-        self._num_asked = 0
+        self._num_waiting = 0  # calls of `next`
+        self._num_given = 0
         self._recorder = recorder or Recorder("loader", time.monotonic)
         self._window = window_bytes
         self._piece_bytes = piece_bytes
@@ -91,10 +92,14 @@ class Loader:
     def next(self, timeout_s: float) -> tuple[int, str, list[Any]]:
         """Lease the next shard: (lease id, shard name, one reference per piece)."""
         with self._state:
-            self._num_asked += 1
+            self._num_waiting += 1
             self._state.notify_all()
-            self._wait(lambda: bool(self._ready), timeout_s, "the next shard")
+            try:
+                self._wait(lambda: bool(self._ready), timeout_s, "the next shard")
+            finally:
+                self._num_waiting -= 1
             shard = self._ready.popleft()
+            self._num_given += 1
             self._leased[shard.lease] = shard
             self._last = shard
             return shard.lease, shard.spec.name, list(shard.refs)
@@ -162,10 +167,14 @@ class Loader:
                     self._state.notify_all()
 
     def _await_demand(self, lease: int) -> None:
-        """Without read-ahead, a shard's turn comes when it has been asked for and the one before is done with."""
+        """Without read-ahead, a shard's turn comes when it is waited for and the one before is done with."""
+
+        def is_due() -> bool:
+            return self._num_waiting > 0 and self._num_given == lease and not self._leased
+
         if not self._read_ahead:
             with self._state:
-                self._state.wait_for(lambda: self._closed or (self._num_asked > lease and not self._leased))
+                self._state.wait_for(lambda: self._closed or is_due())
 
     def _take_room(self, nbytes: int) -> AlignedBuffer:
         with self._state:

@@ -81,9 +81,7 @@ class Session:
 def best(logprobs: np.ndarray, scored: set[int]) -> set[int]:
     """The tokens that `logprobs` puts first, as many as were scored; near ties count as scored."""
     bar = np.sort(logprobs)[-len(scored)]
-    return {i for i in np.flatnonzero(logprobs > bar + 2e-4).tolist()} | {
-        i for i in scored if logprobs[i] > bar - 2e-4
-    }
+    return {i for i in np.flatnonzero(logprobs > bar + 2e-4).tolist()} | {i for i in scored if logprobs[i] > bar - 2e-4}
 
 
 def draft_model(path: Path, *, vocab: int = BYTE_VOCAB, context: int = 256, slots: int = SLOTS) -> DraftModel:
@@ -221,7 +219,7 @@ def test_a_draft_of_fewer_ids_than_the_target_proposes_its_own(plain: Plain) -> 
 def test_a_draft_is_silent_beyond_its_own_context(plain: Plain) -> None:
     session = Session(plain, "chain", context=len(PROMPT) + 4)
     session.begin(PROMPT)
-    depths = []
+    depths: list[int] = []
     for _ in range(6):
         depths.append(len(session.grow(verdict((), 256) if depths else None).tree))
         session.draft.extend(2)
