@@ -1,6 +1,7 @@
 """The `llmcad` command: parses, prints, nothing else."""
 
 import functools
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -13,11 +14,11 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from llmcad_actors.bundled import DEMO, DEMO_BYTES, bundled_draft, demo_target
-from llmcad_actors.config import EngineConfig, read_config
+from llmcad_actors.config import BUILDERS, FALLBACKS, EngineConfig, read_config
 from llmcad_actors.core.budget import format_size, parse_size
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.engine import Engine
-from llmcad_actors.errors import LlmcadError
+from llmcad_actors.errors import ConfigError, LlmcadError
 from llmcad_actors.planning import Prepared, prepare
 from llmcad_actors.results import Result
 from llmcad_actors.status import StatusLine
@@ -52,6 +53,14 @@ AsJson = Annotated[
 TraceFile = Annotated[
     Path | None, typer.Option("--trace", help="Write what every part does to this file; see `llmcad trace`.")
 ]
+Builder = Annotated[str | None, typer.Option(help=f"How the tree grows: {', '.join(BUILDERS)}.")]
+Fallback = Annotated[str | None, typer.Option(help=f"When the draft hands over: {', '.join(FALLBACKS)}.")]
+Depth = Annotated[int | None, typer.Option(help="Of fixed-depth: tokens drafted in a row.")]
+Widths = Annotated[str | None, typer.Option(help="Of fixed-tree: children at each level, such as 1,1,3,1.")]
+Alpha = Annotated[float | None, typer.Option(help="Of adaptive: the first threshold of cumulative confidence.")]
+Threshold = Annotated[float | None, typer.Option(help="Of token-confidence: hand over below it.")]
+ProvisionalGrowth = Annotated[bool | None, typer.Option(help="Go on drafting while a pass runs.", show_default="on")]
+ReadLimit = Annotated[str | None, typer.Option(help="Hold the disk reads to a rate, such as 400MB/s.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; options win over it.")]
 
 
@@ -72,26 +81,78 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-@app.command()
-@reports_errors
-def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to continue, or `-` to read it from standard input.")] = "-",
+def takes_job(command: Callable[..., None]) -> Callable[..., None]:
+    """The command's first parameter, `job`, is made from the options that all such commands share."""
+    shared = inspect.signature(job_from_options).parameters
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "job"]
+
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        job = job_from_options(**{name: options.pop(name) for name in shared})
+        command(job, **options)
+
+    run.__signature__ = inspect.Signature([*own, *shared.values()])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in (*own, *shared.values())}
+    return run
+
+
+def job_from_options(
     target: Target = DEMO,
     draft: Draft = "",
     memory: Memory = None,
-    max_new_tokens: MaxNewTokens = 128,
-    stop: Stop = None,
     dtype: Dtype = None,
     max_nodes: MaxNodes = None,
     max_context: MaxContext = None,
-    as_json: AsJson = False,
+    builder: Builder = None,
+    fallback: Fallback = None,
+    depth: Depth = None,
+    widths: Widths = None,
+    alpha: Alpha = None,
+    threshold: Threshold = None,
+    provisional: ProvisionalGrowth = None,
+    read_limit: ReadLimit = None,
     config: ConfigFile = None,
+) -> Prepared:
+    """The checked job that options and the configuration file describe; options win."""
+    options = {k: v for k, v in locals().items() if v is not None and k not in ("target", "draft", "config")}
+    if "widths" in options:
+        options["widths"] = parse_widths(options["widths"])
+    settings = (read_config(config) if config else {}) | options
+    if target != DEMO or "target" not in settings:
+        settings["target"] = target
+    if draft or "draft" not in settings:
+        settings["draft"] = draft
+    if settings["target"] == DEMO:
+        settings["target"] = str(_demo_target(DEMO_BYTES))
+        settings["draft"] = settings["draft"] or str(bundled_draft())
+        settings.setdefault("memory", DEMO_MEMORY)
+    if settings["draft"] in ("", "none"):
+        settings["draft"] = None
+    return prepare(EngineConfig(**settings))
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    """ "1,1,3" -> (1, 1, 3); raises `ConfigError`."""
+    try:
+        return tuple(int(width) for width in text.split(","))
+    except ValueError:
+        raise ConfigError(f"widths: {text!r} must be whole numbers with commas between them, such as 1,1,3,1") from None
+
+
+@app.command()
+@reports_errors
+@takes_job
+def generate(
+    job: Prepared,
+    prompt: Annotated[str, typer.Argument(help="Text to continue, or `-` to read it from standard input.")] = "-",
+    max_new_tokens: MaxNewTokens = 128,
+    stop: Stop = None,
+    as_json: AsJson = False,
     trace: TraceFile = None,
 ) -> None:
     """Continue a text with a model bigger than the memory cap; the text streams as it is accepted."""
     check_writable(trace)
     text = sys.stdin.read() if prompt == "-" else prompt
-    job = _prepare(target, draft, config, memory=memory, dtype=dtype, max_nodes=max_nodes, max_context=max_context)
     with StatusLine(screen) as line, Engine.start(job, say=line.say, count_caller=True) as engine:
         result = _stream(
             engine, line, text, show=not as_json, max_new_tokens=max_new_tokens, stop=stop or (), trace=trace
@@ -102,18 +163,9 @@ def generate(
 
 @app.command()
 @reports_errors
-def plan(
-    target: Target = DEMO,
-    draft: Draft = "",
-    memory: Memory = None,
-    dtype: Dtype = None,
-    max_nodes: MaxNodes = None,
-    max_context: MaxContext = None,
-    as_json: AsJson = False,
-    config: ConfigFile = None,
-) -> None:
+@takes_job
+def plan(job: Prepared, as_json: AsJson = False) -> None:
     """Show how the memory cap is split, what is pinned and what is streamed. Starts nothing."""
-    job = _prepare(target, draft, config, memory=memory, dtype=dtype, max_nodes=max_nodes, max_context=max_context)
     if as_json:
         print(json.dumps(job.forecast()))
     else:
@@ -163,22 +215,6 @@ def show_trace(
         Console().print(token_tree(trace, tree))
     if (out, png, tree) == (None, None, None):
         Console().print(summary_table(trace))
-
-
-def _prepare(target: str, draft: str, config: Path | None, **options: Any) -> Prepared:
-    """The checked job that options and the configuration file describe."""
-    settings = (read_config(config) if config else {}) | {k: v for k, v in options.items() if v is not None}
-    if target != DEMO or "target" not in settings:
-        settings["target"] = target
-    if draft or "draft" not in settings:
-        settings["draft"] = draft
-    if settings["target"] == DEMO:
-        settings["target"] = str(_demo_target(DEMO_BYTES))
-        settings["draft"] = settings["draft"] or str(bundled_draft())
-        settings.setdefault("memory", DEMO_MEMORY)
-    if settings["draft"] in ("", "none"):
-        settings["draft"] = None
-    return prepare(EngineConfig(**settings))
 
 
 def _demo_target(size_bytes: int) -> Path:
