@@ -25,7 +25,7 @@ class EngineConfig:
     max_nodes: int = 128  # tree nodes verified in one pass at most
     max_context: int | None = None  # tokens of prompt and output planned for; default: the model's, 2048 at most
     builder: str = "best-first"
-    fallback: str = "adaptive"
+    fallback: str = "marginal"
     depth: int = 4  # of fixed-depth
     widths: tuple[int, ...] = (1, 1, 3, 1, 1, 1, 1, 1)  # of fixed-tree
     alpha: float = 0.01  # of adaptive

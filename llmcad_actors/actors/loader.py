@@ -18,15 +18,16 @@ import numpy as np
 import ray
 
 from llmcad_actors.config import LoaderSpec
+from llmcad_actors.core.budget import NUM_READ_BUFFERS
 from llmcad_actors.core.trace import Recorder
-from llmcad_actors.errors import DeadlineError, LlmcadError, OverBudgetError, StorageError
+from llmcad_actors.errors import DeadlineError, LlmcadError, OverBudgetError, RuntimeFailure, StorageError
 from llmcad_actors.messages import Progress, pack, unpack
 from llmcad_actors.storage.checkpoint import Checkpoint, TensorInfo
 from llmcad_actors.storage.layout import ShardSpec, layout_of
 from llmcad_actors.storage.pieces import Piece, pieces_of
 from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader, PendingRead, TokenBucket, buffer_bytes
 
-NUM_BUFFERS = 2
+NUM_BUFFERS = NUM_READ_BUFFERS
 READ_TIMEOUT_S = 120.0
 
 Put = Callable[[dict[str, np.ndarray]], Any]
@@ -148,9 +149,14 @@ class Loader:
         except _ClosedError:
             pass
         except LlmcadError as error:
-            with self._state:
-                self._error = error
-                self._state.notify_all()
+            self._fail(error)
+        except Exception as error:  # a thread's outermost method: whoever waits for a shard must hear of it
+            self._fail(RuntimeFailure(f"the loader broke: {error!r}"))
+
+    def _fail(self, error: LlmcadError) -> None:
+        with self._state:
+            self._error = error
+            self._state.notify_all()
 
     def _feed(self, schedule: Iterator[ShardSpec]) -> None:
         """Submit the reads of piece after piece, each when window and buffers have room."""
@@ -199,6 +205,7 @@ class Loader:
             self._recorder.add("put", started, shard=shard.spec.name, bytes=piece.nbytes)
             with self._state:
                 shard.refs.append(ref)
+                del ref  # the shard's is the only one: dropping that frees the bytes
                 self._buffers.append(buffer)
                 if is_last:
                     self._ready.append(shard)

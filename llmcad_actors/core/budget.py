@@ -23,7 +23,7 @@ from llmcad_actors.errors import MemoryCapError
 __all__ = ["BudgetInputs", "MemoryPlan", "Shard", "format_size", "parse_rate", "parse_size", "plan", "smallest_cap"]
 
 STORE_SLACK_BYTES = 16 << 20  # of the object store: headers, alignment, gaps between objects
-NUM_READ_BUFFERS = 2
+NUM_READ_BUFFERS = 3  # one being read, one being put into the store, one so that neither waits
 _MB = 10**6
 
 Shard = tuple[str, int, int]

@@ -1,0 +1,73 @@
+"""Jobs for engines on a real local Ray, and what of them can be seen from outside."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from llmcad_actors.bundled import bundled_draft, bundled_target
+from llmcad_actors.config import EngineConfig
+from llmcad_actors.core.budget import smallest_cap
+from llmcad_actors.planning import Prepared, budget_inputs, prepare
+from tests.tiny import tiny_llama
+
+MB = 1_000_000
+Job = Callable[[Path], Prepared]
+"""A prepared job; makes its models in the folder it is given."""
+
+
+def job(target: Path, draft: Path | None, *, extra_bytes: int = 0, **settings: object) -> Prepared:
+    """A job under the smallest cap that works, and `extra_bytes`, which pin layers."""
+    config = EngineConfig(
+        target=str(target),
+        draft=None if draft is None else str(draft),
+        memory="64GB",
+        **settings,  # type: ignore[arg-type]
+    )
+    roomy = prepare(config)
+    inputs = budget_inputs(config, roomy.target, roomy.layout, roomy.draft, roomy.context)
+    return prepare(replace(config, memory=str(smallest_cap(inputs) + extra_bytes)))
+
+
+def good_draft(folder: Path) -> Prepared:
+    """The bundled pair, all of it pinned."""
+    return job(bundled_target(), bundled_draft(), extra_bytes=60 * MB, dtype="float32", fallback="adaptive")
+
+
+def random_draft(folder: Path) -> Prepared:
+    """The bundled target, some of it pinned, and a draft that is never right."""
+    draft = tiny_llama(folder / "far", seed=5, vocab=4096, layers=1, tokenizer_of=bundled_draft())
+    return job(bundled_target(), draft, extra_bytes=10 * MB, dtype="float32", max_nodes=16)
+
+
+def random_target(folder: Path) -> Prepared:
+    """Random models, all of the target streamed from several files, in many pieces."""
+    target = tiny_llama(folder / "target", seed=1, max_file="100KB")
+    draft = tiny_llama(folder / "draft", seed=2, vocab=300, layers=1)
+    return job(target, draft, max_nodes=16, piece_bytes=60_000)
+
+
+def no_draft(folder: Path) -> Prepared:
+    """A random target by itself."""
+    return job(tiny_llama(folder / "target", seed=3, tied=True), None)
+
+
+def slow(folder: Path) -> Prepared:
+    """A random target that takes seconds a pass."""
+    target = tiny_llama(folder / "target", seed=4)
+    draft = tiny_llama(folder / "draft", seed=5, layers=1)
+    return job(target, draft, max_nodes=8, chunk_bytes=4096, piece_bytes=20_000, read_limit="500KB/s")
+
+
+def processes_of(name: str) -> list[psutil.Process]:
+    """Living actor processes below this one, by class."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            words = process.cmdline()
+        except psutil.Error:
+            continue
+        if words and words[0].startswith(f"ray::{name}"):
+            found.append(process)
+    return found
