@@ -43,7 +43,6 @@ ENVIRONMENT = {
 }
 SPARE_DAEMONS = ("kill_monitor", "kill_dashboard", "kill_log_monitor")  # 150 MB that one machine has no use for
 STORE_DIRECTORY = "/dev/shm"
-LEAST_STORE_BYTES = 80 << 20  # Ray refuses less; pages that are never touched cost nothing
 
 
 def check_store_directory(store_bytes: int) -> None:
@@ -90,7 +89,7 @@ class LocalRay:
         ray.init(
             address="local",
             num_cpus=NUM_ACTORS,  # Ray starts as many workers ahead; the actors take exactly these
-            object_store_memory=max(store_bytes, LEAST_STORE_BYTES),
+            object_store_memory=store_bytes,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

@@ -24,6 +24,7 @@ __all__ = ["BudgetInputs", "MemoryPlan", "Shard", "format_size", "parse_rate", "
 
 STORE_SLACK_BYTES = 16 << 20  # of the object store: headers, alignment, gaps between objects
 NUM_READ_BUFFERS = 3  # one being read, one being put into the store, one so that neither waits
+LEAST_STORE_BYTES = 80 << 20  # Ray makes none smaller, and in time all of it is touched
 _MB = 10**6
 
 Shard = tuple[str, int, int]
@@ -127,6 +128,7 @@ def _split(inputs: BudgetInputs, pinned: frozenset[int], cap_bytes: int) -> Memo
     kept = [shard for i, shard in enumerate(shards) if i in pinned]
     streamed = [shard for i, shard in enumerate(shards) if i not in pinned]
     largest_two = sorted(nbytes for _, nbytes, _ in streamed)[-2:]
+    window = max(sum(largest_two), max((nbytes for _, nbytes, _ in shards), default=0))
     return MemoryPlan(
         cap_bytes=cap_bytes,
         overhead_bytes=inputs.overhead_bytes,
@@ -136,8 +138,8 @@ def _split(inputs: BudgetInputs, pinned: frozenset[int], cap_bytes: int) -> Memo
         target_kv_bytes=inputs.target_kv,
         activations_bytes=inputs.activations,
         read_buffers_bytes=NUM_READ_BUFFERS * max((piece for _, _, piece in shards), default=0),
-        slack_bytes=STORE_SLACK_BYTES,
-        window_bytes=max(sum(largest_two), max((nbytes for _, nbytes, _ in shards), default=0)),
+        slack_bytes=max(STORE_SLACK_BYTES, LEAST_STORE_BYTES - window),
+        window_bytes=window,
         pinned_bytes=sum(nbytes for _, nbytes, _ in kept),
         bytes_per_pass=sum(nbytes for _, nbytes, _ in streamed),
         pinned=tuple(name for name, _, _ in kept),
