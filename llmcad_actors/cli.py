@@ -153,6 +153,8 @@ def generate(
     """Continue a text with a model bigger than the memory cap; the text streams as it is accepted."""
     check_writable(trace)
     text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        job.opening()  # refused before anything starts, if at all
     with StatusLine(screen) as line, Engine.start(job, say=line.say, count_caller=True) as engine:
         result = _stream(
             engine, line, text, show=not as_json, max_new_tokens=max_new_tokens, stop=stop or (), trace=trace
@@ -252,7 +254,7 @@ def _demo_report(fast: Result, plain: Result, job: Prepared) -> dict[str, Any]:
 def _demo_table(fast: Result, plain: Result, job: Prepared) -> Table:
     """The comparison that the demo ends with."""
     cap = format_size(job.memory.cap_bytes)
-    table = Table(title=f"{format_size(job.target.total_bytes)} of weights under a memory cap of {cap}")
+    table = Table(title=f"{format_size(job.target.total_bytes)} of weights, memory cap {cap}")
     for column in ("", "speculation", "plain"):
         table.add_column(column, justify="right" if column else "left")
     for name, of in DEMO_ROWS:
@@ -288,3 +290,7 @@ DEMO_ROWS: tuple[tuple[str, Callable[[Stats], str]], ...] = (
 def main() -> None:
     """Entry point."""
     app()
+
+
+if __name__ == "__main__":
+    main()

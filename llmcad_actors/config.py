@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import yaml
@@ -50,9 +51,15 @@ class EngineConfig:
         for name in ("max_context", "threads", "draft_threads"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
-        if not self.widths or min(self.widths) < 1:
+        for name in ("target", "draft", "memory", "read_limit"):
+            _of_type(name, getattr(self, name), str, "text")
+        for name in ("provisional", "read_ahead"):
+            _of_type(name, getattr(self, name), bool, "true or false")
+        _of_type("widths", self.widths, tuple, "a list of numbers")
+        if not self.widths or not all(isinstance(width, int) and width >= 1 for width in self.widths):
             raise ConfigError(f"widths: {self.widths} must be one or more numbers above 0, such as 1,1,3,1")
         for name in ("alpha", "threshold"):
+            _of_type(name, getattr(self, name), int | float, "a number")
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} must lie between 0 and 1")
 
@@ -63,7 +70,7 @@ def read_config(file: Path) -> dict[str, Any]:
         data = yaml.safe_load(file.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, dates that are none
         raise ConfigError(f"{file} is not YAML: {error}") from None
     if data is None:
         return {}
@@ -75,12 +82,17 @@ def read_config(file: Path) -> dict[str, Any]:
             raise ConfigError(f"{file}: unknown setting {key!r}; known: {', '.join(known)}")
     if isinstance(data.get("widths"), list):
         data["widths"] = tuple(data["widths"])
-    return data
+    return {key: value for key, value in data.items() if value is not None}
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(f"{name}: {value!r} is not known; choose one of {', '.join(known)}")
+
+
+def _of_type(name: str, value: Any, kind: type | UnionType, words: str) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise ConfigError(f"{name}: {value!r} must be {words}")
 
 
 def _at_least(name: str, value: Any, least: int) -> None:

@@ -214,13 +214,7 @@ class Engine:
         return tokenizer
 
     def _encode(self, prompt: str) -> tuple[int, ...]:
-        ids = tuple(self._tokenizer.encode(prompt).ids)
-        if ids:
-            return ids
-        bos = self.prepared.target.config.get("bos_token_id")
-        if bos is None:
-            raise ConfigError("the prompt is empty, and the model has no token to begin a text with; give a prompt")
-        return (int(bos),)
+        return tuple(self._tokenizer.encode(prompt).ids) or self.prepared.opening()
 
     def _room(self, ids: Sequence[int], max_new_tokens: int) -> int:
         """New tokens that fit behind the prompt."""

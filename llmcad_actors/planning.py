@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from llmcad_actors.config import DraftSpec, EngineConfig, LoaderSpec, VerifierSpec
-from llmcad_actors.core.budget import BudgetInputs, MemoryPlan, parse_rate, parse_size, plan
+from llmcad_actors.core.budget import EMBEDDING_CACHE_BYTES, BudgetInputs, MemoryPlan, parse_rate, parse_size, plan
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import (
     AdaptiveConfidence,
@@ -28,7 +28,7 @@ from llmcad_actors.storage.pieces import largest_piece
 from llmcad_actors.storage.reader import buffer_bytes
 
 DEFAULT_CONTEXT = 2048
-DRAFT_SLOTS = 2048
+DRAFT_SLOTS = 1024
 """Tree nodes whose keys and values the draft holds at once."""
 
 MB = 1_000_000
@@ -62,6 +62,13 @@ class Prepared:
         if eos is None:
             return ()
         return tuple(eos) if isinstance(eos, list) else (int(eos),)
+
+    def opening(self) -> tuple[int, ...]:
+        """What an empty prompt stands for: the token that begins a text. Raises `ConfigError` where there is none."""
+        bos = self.target.config.get("bos_token_id")
+        if bos is None:
+            raise ConfigError("the prompt is empty, and the model has no token to begin a text with; give a prompt")
+        return (int(bos),)
 
     def policy(self) -> Policy:
         """The fallback policy that the settings name."""
@@ -170,7 +177,7 @@ def budget_inputs(
         if draft is None
         else draft.total_bytes * compute_bytes(draft, config.dtype) // stored_bytes(draft),
         draft_kv=0 if draft is None else draft_cache_bytes(draft, config, context),
-        target_resident=sum(i.nbytes for i in layout.resident) * width // stored_bytes(target) + (16 << 20),
+        target_resident=sum(i.nbytes for i in layout.resident) * width // stored_bytes(target) + EMBEDDING_CACHE_BYTES,
         target_kv=kv_bytes(target.config, context + 2 * config.max_nodes, width),
         activations=activation_bytes(layout, target.config, rows, context, config.max_nodes, width),
         shards=tuple((s.name, s.nbytes, buffer_bytes(largest_piece(s, config.piece_bytes))) for s in layout.shards),

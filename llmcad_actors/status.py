@@ -32,6 +32,7 @@ class StatusLine:
         self._tail = ""  # the text's unfinished last line, drawn with the status below it
         self._guess = ""
         self._status = ""
+        self._wrote = False
 
     def __enter__(self) -> Self:
         if self._is_shown:
@@ -57,7 +58,7 @@ class StatusLine:
 
     def write(self, text: str) -> None:
         """Accepted text."""
-        self._guess = ""
+        self._guess, self._wrote = "", True
         if not self._text_on_screen:
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -79,6 +80,10 @@ class StatusLine:
         if self._thread is not None:
             self._thread.join(5)
             self._thread = None
+        if self._wrote and not self._text_on_screen:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        self._wrote = False
         if self._tail:
             tail, self._tail, self._guess = self._tail, "", ""
             self._live.console.print(Text(tail), soft_wrap=True)

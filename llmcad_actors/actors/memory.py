@@ -97,7 +97,7 @@ def _readable(process: psutil.Process) -> str:
 class MemoryWatcher:
     """Samples a process tree in a thread and keeps the peak."""
 
-    def __init__(self, root_pid: int, *, baseline_bytes: int = 0, interval_s: float = 0.5) -> None:
+    def __init__(self, root_pid: int, *, baseline_bytes: int = 0, interval_s: float = 1.0) -> None:
         """`baseline_bytes`: what the root process used before llmcad; it is not ours and is taken off."""
         self._root = psutil.Process(root_pid)
         self._baseline = baseline_bytes

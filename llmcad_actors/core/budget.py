@@ -23,6 +23,7 @@ from llmcad_actors.errors import MemoryCapError
 __all__ = ["BudgetInputs", "MemoryPlan", "Shard", "format_size", "parse_rate", "parse_size", "plan", "smallest_cap"]
 
 STORE_SLACK_BYTES = 16 << 20  # of the object store: headers, alignment, gaps between objects
+EMBEDDING_CACHE_BYTES = 8 << 20  # rows of the target's embedding that are kept
 NUM_READ_BUFFERS = 3  # one being read, one being put into the store, one so that neither waits
 LEAST_STORE_BYTES = 80 << 20  # Ray makes none smaller, and in time all of it is touched
 _MB = 10**6

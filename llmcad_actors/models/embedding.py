@@ -3,15 +3,14 @@
 import numpy as np
 import torch
 
+from llmcad_actors.core.budget import EMBEDDING_CACHE_BYTES
 from llmcad_actors.models.tensors import as_tensor
 from llmcad_actors.storage.checkpoint import TensorInfo
 from llmcad_actors.storage.reader import EmbeddingReader
 
-KEPT_BYTES = 16 << 20
-
 
 class EmbeddingRows:
-    """Rows by token id, with the most recently used ones (16 MiB) kept."""
+    """Rows by token id, with the most recently used ones (8 MiB) kept."""
 
     def __init__(self, info: TensorInfo, dtype: torch.dtype) -> None:
         self._info = info
@@ -35,5 +34,5 @@ class EmbeddingRows:
         return tensor.to(self._dtype, copy=True), local
 
     def _forget(self) -> None:
-        while len(self._kept) * self._row_bytes > KEPT_BYTES:
+        while len(self._kept) * self._row_bytes > EMBEDDING_CACHE_BYTES:
             del self._kept[next(iter(self._kept))]

@@ -1,0 +1,124 @@
+"""Whatever ends the driver, nothing of llmcad or Ray stays behind: no process, no shared memory."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llmcad_actors.bundled import bundled_draft, bundled_target
+from tests.actors.engines import job
+
+GONE_AFTER_S = 15.0
+MARK = "LLMCAD_TEST"
+DRIVER = """
+import sys
+from llmcad_actors import Engine
+target, draft, memory = sys.argv[1:]
+try:
+    with Engine.launch(target, draft, memory=memory, read_limit="10MB/s") as engine:
+        for _ in engine.stream("def f(", max_new_tokens=500, provisional=True):
+            print("a pass is under way", flush=True)
+except KeyboardInterrupt:
+    print("closed", flush=True)
+    sys.stdin.read()
+"""
+
+
+class Driver:
+    """A process of its own session, and everything that it starts, known by a mark in the environment."""
+
+    def __init__(self, command: list[str], folder: str) -> None:
+        self._mark = uuid.uuid4().hex
+        self._shared_memory = set(os.listdir("/dev/shm"))
+        self.folder = Path(folder)
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            env=os.environ | {MARK: self._mark, "TMPDIR": folder},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        self.stdout = self.process.stdout
+
+    def others(self) -> list[psutil.Process]:
+        """Living processes with the mark, the driver apart."""
+        return [p for p in psutil.process_iter() if p.pid != self.process.pid and self._is_marked(p)]
+
+    def _is_marked(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get(MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    def plasma_files(self) -> set[str]:
+        """Shared memory of an object store that has come since the start."""
+        return {name for name in set(os.listdir("/dev/shm")) - self._shared_memory if "plasma" in name}
+
+    def end(self) -> None:
+        self.process.kill()
+        for process in self.others():
+            process.kill()
+        self.process.communicate()
+
+
+@contextmanager
+def driver(*command: str) -> Iterator[Driver]:
+    # Ray's sockets live there, and a socket's path must be short.
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="t", ignore_cleanup_errors=True) as folder:
+        running = Driver(list(command), folder)
+        try:
+            yield running
+        finally:
+            running.end()
+
+
+def becomes_true(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + GONE_AFTER_S
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@pytest.fixture(scope="module")
+def memory() -> str:
+    """The smallest cap: every pass reads the whole target, for seconds."""
+    return str(job(bundled_target(), bundled_draft()).memory.cap_bytes)
+
+
+def test_ctrl_c_during_a_pass_closes_the_engine(memory: str) -> None:
+    with driver("-c", DRIVER, str(bundled_target()), str(bundled_draft()), memory) as running:
+        assert running.stdout.readline() == "a pass is under way\n"
+        assert len(running.others()) > 4
+        os.killpg(running.process.pid, signal.SIGINT)
+        assert "closed\n" in iter(running.stdout.readline, "")
+        assert becomes_true(lambda: not running.others()), running.others()
+        assert not running.plasma_files()
+        assert not list(running.folder.glob("llmcad-*"))
+        assert running.process.communicate("")[0] == ""
+        assert running.process.returncode == 0
+
+
+def test_killing_the_command_during_a_pass_ends_everything(memory: str, tmp_path: Path) -> None:
+    config = tmp_path / "slow.yaml"
+    config.write_text("read_limit: 10MB/s\n")
+    options = ["--target", str(bundled_target()), "--draft", str(bundled_draft()), "--memory", memory]
+    command = ["-m", "llmcad_actors.cli", "generate", *options, "--config", str(config), "--max-new-tokens", "500"]
+    with driver(*command, "def area(r):") as running:
+        assert running.stdout.read(1)  # the first pass is over, the second under way
+        assert len(running.others()) > 4
+        running.process.kill()
+        assert becomes_true(lambda: not running.others()), running.others()
+        assert not running.plasma_files()
