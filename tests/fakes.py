@@ -61,11 +61,12 @@ class MemoryShards:
 
 
 class FunctionVerifier:
-    """A `Verifier` whose target is a function. A pass takes `turns` turns of the event loop."""
+    """A `Verifier` whose target is a function. A pass takes `turns` turns of the event loop, and says `seconds`."""
 
-    def __init__(self, choose: Choose, *, turns: int = 0) -> None:
+    def __init__(self, choose: Choose, *, turns: int = 0, seconds: float = 100.0) -> None:
         self._choose = choose
         self._turns = turns
+        self._seconds = seconds
         self._tokens: Tokens = ()
         self._stop: frozenset[int] = frozenset()
         self.trees: list[TokenTree] = []
@@ -85,7 +86,7 @@ class FunctionVerifier:
         choices = [self._choose((*self._tokens, *tokens_to(tree, node))) for node in range(ROOT, len(tree))]
         accepted = walk(tree, choices, self._stop)
         self._tokens += accepted.emitted(tree)
-        stats = PassStats(seconds=1.0, stall_s=0.25, compute_s=0.75, rows=len(tree) + 1)
+        stats = PassStats(seconds=self._seconds, stall_s=0.25, compute_s=0.75, rows=len(tree) + 1)
         return Verdict(accepted.path, accepted.bonus, accepted.stopped, stats)
 
 

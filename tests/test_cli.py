@@ -86,8 +86,11 @@ def without_a_tensor(model: Path) -> None:
 
 
 def with_a_wrong_shape(model: Path) -> None:
-    change(model, lambda weights: weights.update({"model.norm.weight": torch.zeros(3)}))
     change(model, lambda weights: weights.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(3, 48)}))
+
+
+def with_a_final_norm_of_another_model(model: Path) -> None:
+    change(model, lambda weights: weights.update({"model.norm.weight": torch.zeros(3)}))
 
 
 def change(model: Path, what: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -118,10 +121,6 @@ def edit(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
-def intact(model: Path) -> None:
-    pass
-
-
 def other_tokenizer(model: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken("<|more|>")])
@@ -131,7 +130,8 @@ def other_tokenizer(model: Path) -> None:
 BAD_MODELS: dict[Callable[[Path], None], str] = {
     truncated: r"model\.safetensors.*(truncated|ends|bytes)",
     without_a_tensor: r"missing tensor model\.layers\.1\.mlp\.up_proj\.weight in .*model",
-    with_a_wrong_shape: r"tensor model\.layers\.0\.mlp\.up_proj\.weight in .*: found F32 \[3, 48\], expected F32 \[104, 48\]",
+    with_a_wrong_shape: r"tensor model\.layers\.0\.mlp\.up_proj\.weight in .*: found F32 \[3, 48\], expected F32 \[104",
+    with_a_final_norm_of_another_model: r"tensor model\.norm\.weight in .*: found F32 \[3\], expected F32 \[48\]",
     pickled: r"holds only pickle weights \(pytorch_model\.bin\)",
     without_weights: "has a config.json but no weights",
     of_an_unknown_architecture: "model_type 'mamba', which llmcad does not know; known architectures: .*llama",
@@ -277,6 +277,7 @@ def test_json_is_one_object_with_every_figure(llmcad: Llmcad) -> None:
     assert report["stats"]["tokens_per_pass"] > 1
     assert 0 < report["stats"]["peak_memory_bytes"] <= report["stats"]["memory_cap_bytes"]
     assert "Traceback" not in done.stderr
+    assert "raylet" in llmcad.started.read_text()  # so a process that is started is noticed
 
 
 def test_the_demo_compares_speculation_with_plain_decoding(llmcad: Llmcad) -> None:

@@ -1,6 +1,7 @@
 """The decode loop over fakes: every token is the target's, whatever the draft does and whenever it does it."""
 
 import asyncio
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -119,6 +120,17 @@ def test_statistics_count_what_happened(kind: str, provisional: bool) -> None:
         assert last.stats.provisional_hits + last.stats.provisional_misses == 0
     elif kind != "silent":
         assert last.stats.provisional_hits == passes - 1  # the first round has nothing before it
+
+
+def test_a_draft_that_holds_up_the_verdict_pauses_drafting_ahead() -> None:
+    """Each look at the clock takes a second: a verdict that waits for a slice waits one, half of this pass."""
+    verifier = FunctionVerifier(target(2), turns=2, seconds=2.0)
+    events = run(Request(PROMPT, 20, ()), verifier, DRAFTS["random"](target(2)))
+    counts = [event.stats.draft_steps for event in events if isinstance(event, Tokens)]
+    steps = [after - before for before, after in itertools.pairwise([0, *counts])]
+    assert steps[0] > 1  # it drafted ahead, and was late
+    assert steps[1:3] == [1, 1]  # two passes without
+    assert steps[3] > 1
 
 
 def test_a_perfect_draft_saves_the_passes_it_can() -> None:

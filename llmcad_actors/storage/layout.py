@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from llmcad_actors.errors import CheckpointError
-from llmcad_actors.models.families import Family, Shapes, family_of
+from llmcad_actors.models.families import Family, Shapes, family_of, need
 from llmcad_actors.storage.checkpoint import Checkpoint, TensorInfo
 
 MIN_HEAD_SLICE_BYTES = 64 << 20
@@ -85,7 +85,8 @@ def layout_of(checkpoint: Checkpoint, family: Family | None = None, *, max_shard
     head = embedding if tied else _pop(rest, checkpoint, family.head)
     _check_shape(head, family.embedding_shape(config))
     for name in family.resident:
-        _pop(dict(rest), checkpoint, name)
+        info = _pop(dict(rest), checkpoint, name)
+        _check_shape(info, (*info.shape[:-1], need(config, family.hidden_keys[-1])))
     limit = max_shard_bytes or max(MIN_HEAD_SLICE_BYTES, *(layer.nbytes for layer in layers))
     return Layout(
         family=family,

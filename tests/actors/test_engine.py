@@ -24,8 +24,6 @@ PROMPTS = (
 )
 ALL: list[Job] = [good_draft, random_draft, random_target, no_draft]
 
-pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # Ray's daemons
-
 
 def with_engine(*jobs: Job) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("engine", jobs, indirect=True, ids=lambda job: job.__name__)
@@ -198,6 +196,13 @@ def test_the_status_tells_where_the_pass_is(engine: Engine) -> None:
         assert 0 < status.memory_bytes <= status.memory_cap_bytes == engine.prepared.memory.cap_bytes
         assert status.bytes_read > 0
     assert status.new_tokens > 0
+
+
+@with_engine(good_draft)
+def test_only_the_processes_that_compute_hold_torch(engine: Engine) -> None:
+    for name, computes in {"Loader": False, "Coordinator": False, "Verifier": True, "Draft": True}.items():
+        (process,) = processes_of(name)
+        assert ("libtorch" in Path(f"/proc/{process.pid}/maps").read_text()) == computes, name
 
 
 class Actor:

@@ -1,0 +1,126 @@
+"""The door, and what each part may know: Ray at the edge, torch one step in, decisions in the middle."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import llmcad_actors
+from llmcad_actors import errors
+
+PACKAGE = Path(llmcad_actors.__file__).parent
+HEAVY = ("torch", "transformers", "ray", "tokenizers", "msgpack", "psutil", "yaml", "typer", "rich")
+
+# module -> third-party packages that importing it must not bring in
+STAYS_WITHOUT = {
+    "llmcad_actors": HEAVY,
+    "llmcad_actors.errors": HEAVY,
+    "llmcad_actors.ports": ("torch", "transformers", "ray"),
+    "llmcad_actors.messages": ("torch", "transformers", "ray"),
+    "llmcad_actors.loop": ("torch", "transformers", "ray"),
+    "llmcad_actors.config": ("torch", "transformers", "ray"),
+    "llmcad_actors.planning": ("torch", "transformers", "ray"),
+    "llmcad_actors.storage.reader": ("torch", "transformers", "ray"),
+    "llmcad_actors.storage.layout": ("torch", "transformers", "ray"),
+    # Each of these processes would take 250 MB more with torch.
+    "llmcad_actors.engine": ("torch", "transformers"),
+    "llmcad_actors.cli": ("torch", "transformers"),
+    "llmcad_actors.actors.runtime": ("torch", "transformers"),
+    "llmcad_actors.actors.coordinator": ("torch", "transformers"),
+    "llmcad_actors.actors.loader": ("torch", "transformers"),
+    "llmcad_actors.actors.verifier": ("torch", "transformers"),  # until it is made
+    "llmcad_actors.actors.draft": ("torch", "transformers"),
+} | {f"llmcad_actors.core.{file.stem}": HEAVY for file in (PACKAGE / "core").glob("*.py") if file.stem != "__init__"}
+BY_WEIGHT = sorted(set(STAYS_WITHOUT.values()), key=len)
+
+SCRIPT = """
+import importlib, json, sys
+for name in json.loads(sys.argv[1]):
+    importlib.import_module(name)
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+@pytest.mark.parametrize("absent", BY_WEIGHT, ids=lambda absent: f"without {len(absent)}")
+def test_a_fresh_interpreter_imports_no_more_than_it_may(absent: tuple[str, ...]) -> None:
+    modules = [name for name, without in STAYS_WITHOUT.items() if without == absent]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(modules)], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert not set(json.loads(done.stdout)) & set(absent), modules
+
+
+def imports_of(file: Path) -> Iterator[str]:
+    """Modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            yield node.module or ""
+
+
+LAYERS = ("core", "storage", "models", "actors")
+MAY_KNOW = {
+    "core": {"core", "errors"},
+    "storage": {"core", "errors", "storage", "models.families"},  # the names of an architecture's tensors
+    "models": {"core", "errors", "storage", "models", "messages", "ports"},
+    "actors": {"core", "errors", "storage", "models", "actors", "messages", "ports", "loop", "config"},
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_run_downward(layer: str) -> None:
+    for file in (PACKAGE / layer).glob("*.py"):
+        for name in imports_of(file):
+            if name.startswith("llmcad_actors."):
+                known = name.removeprefix("llmcad_actors.")
+                assert any(known == allowed or known.startswith(f"{allowed}.") for allowed in MAY_KNOW[layer]), (
+                    f"{file.name} imports {name}"
+                )
+
+
+def test_ray_is_known_to_the_actors_alone() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        if file.parent.name != "actors":
+            assert "ray" not in {name.partition(".")[0] for name in imports_of(file)}, file
+
+
+PUBLIC = [
+    "ActorFailure",
+    "CheckpointError",
+    "ConfigError",
+    "DeadlineError",
+    "Engine",
+    "EngineConfig",
+    "LlmcadError",
+    "MemoryCapError",
+    "OverBudgetError",
+    "Piece",
+    "Result",
+    "RuntimeFailure",
+    "Stats",
+    "Status",
+    "StorageError",
+    "TokenizerError",
+    "UserError",
+]
+
+
+def test_the_door_has_these_names_and_no_others() -> None:
+    """A name added or lost here is a change that users notice."""
+    assert llmcad_actors.__all__ == PUBLIC
+    for name in PUBLIC:
+        assert getattr(llmcad_actors, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'Motor'"):
+        _ = llmcad_actors.Motor
+
+
+def test_every_error_is_public() -> None:
+    kinds = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}
+    assert all(issubclass(kind, errors.LlmcadError) for kind in kinds.values())
+    assert kinds.keys() <= set(PUBLIC)
