@@ -75,17 +75,18 @@ async def verify_while_growing(
     tree: TokenTree, verifier: Verifier, drafter: Drafter | None, clock: Clock
 ) -> tuple[Verdict, Grown]:
     """One pass; as long as it runs, the draft grows beyond the submitted tree, slice by slice."""
-    ahead, ended = NOTHING_AHEAD, [0.0]
-    checking = asyncio.ensure_future(verifier.verify(tree))
-    checking.add_done_callback(lambda _: ended.append(clock.now()))
+
+    async def check() -> tuple[Verdict, float]:
+        return await verifier.verify(tree), clock.now()
+
+    ahead, checking = NOTHING_AHEAD, asyncio.ensure_future(check())
     try:
         while drafter is not None and not checking.done():
             ahead = ahead.plus(await drafter.extend())
             if not ahead.can_go_on:
                 break
-        if checking.done():
-            ahead = replace(ahead, late_s=clock.now() - ended[-1])
-        return await checking, ahead
+        verdict, ended = await checking
+        return verdict, replace(ahead, late_s=clock.now() - ended)
     finally:
         checking.cancel()
 
