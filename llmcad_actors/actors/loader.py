@@ -84,7 +84,7 @@ class Loader:
         self._cycle = tuple(cycle)
         pieces = [p for s in (*prelude, *cycle) for p in pieces_of(s, self._piece_bytes)]
         size = buffer_bytes(max((piece.nbytes for piece in pieces), default=1))
-        self._buffers.extend(AlignedBuffer(size) for _ in range(NUM_BUFFERS))
+        self._buffers.extend(AlignedBuffer(size, populate=True) for _ in range(NUM_BUFFERS))
         for work in (lambda: self._feed(_schedule(prelude, cycle)), self._store):
             thread = threading.Thread(target=self._guarded, args=(work,), daemon=True)
             thread.start()

@@ -38,14 +38,14 @@ def good_draft(folder: Path) -> Prepared:
 def random_draft(folder: Path) -> Prepared:
     """The bundled target, some of it pinned, and a draft that is never right."""
     draft = tiny_llama(folder / "far", seed=5, vocab=4096, layers=1, tokenizer_of=bundled_draft())
-    return job(bundled_target(), draft, extra_bytes=10 * MB, dtype="float32", max_nodes=16)
+    return job(bundled_target(), draft, extra_bytes=10 * MB, dtype="float32", max_nodes=6)
 
 
 def random_target(folder: Path) -> Prepared:
     """Random models, all of the target streamed from several files, in many pieces."""
     target = tiny_llama(folder / "target", seed=1, max_file="100KB")
     draft = tiny_llama(folder / "draft", seed=2, vocab=300, layers=1)
-    return job(target, draft, max_nodes=16, piece_bytes=60_000)
+    return job(target, draft, max_nodes=6, piece_bytes=60_000)
 
 
 def no_draft(folder: Path) -> Prepared:

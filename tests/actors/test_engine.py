@@ -142,13 +142,13 @@ def test_pieces_put_together_are_the_text_and_guesses_are_marked(engine: Engine)
 
 @with_engine(good_draft)
 def test_the_text_ends_before_a_stop_string(engine: Engine) -> None:
-    whole = engine.generate(PROMPTS[0], max_new_tokens=COUNT).text
+    whole = engine.generate(PROMPTS[0], max_new_tokens=24).text
     middle = len(whole) // 2
     for stop in (whole[middle : middle + 5], whole[middle]):
-        result = engine.generate(PROMPTS[0], max_new_tokens=COUNT, stop=["never there", stop])
+        result = engine.generate(PROMPTS[0], max_new_tokens=24, stop=["never there", stop])
         assert result.text == whole.split(stop)[0]
         assert result.finish_reason == "stop"
-    unstopped = engine.generate(PROMPTS[0], max_new_tokens=COUNT, stop=["never there"])
+    unstopped = engine.generate(PROMPTS[0], max_new_tokens=24, stop=["never there"])
     assert (unstopped.text, unstopped.finish_reason) == (whole, "length")
 
 
