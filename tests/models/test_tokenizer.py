@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
@@ -149,14 +149,15 @@ def test_no_part_of_a_stop_string_is_shown(text: str, stop: str, data: st.DataOb
     assert filter_.hit == (stop in text)
 
 
-@given(text=letters, stops=st.lists(stop_strings, max_size=3), data=st.data())
-def test_where_the_text_ends_does_not_depend_on_how_it_comes(text: str, stops: list[str], data: st.DataObject) -> None:
-    by_letter, by_part = StopStrings(stops), StopStrings(stops)
-    parts = ["".join(map(chr, part)) for part in data.draw(cuts(list(map(ord, text))), "parts")]
-    letter_by_letter = "".join(map(by_letter.feed, text)) + by_letter.feed("", final=True)
-    assert "".join(map(by_part.feed, parts)) + by_part.feed("", final=True) == letter_by_letter
-    assert by_part.hit == by_letter.hit == any(stop in text for stop in stops)
-    assert not any(stop in letter_by_letter for stop in stops)
+@given(text=letters, stops=st.lists(stop_strings, max_size=3))
+@example(text="baa", stops=["a", "baa"])
+@example(text="abab", stops=["b", "aba", "ab"])
+def test_where_the_text_ends_does_not_depend_on_how_it_comes(text: str, stops: list[str]) -> None:
+    by_letter, at_once = StopStrings(stops), StopStrings(stops)
+    shown = "".join(map(by_letter.feed, text)) + by_letter.feed("", final=True)
+    assert at_once.feed(text) + at_once.feed("", final=True) == shown
+    assert at_once.hit == by_letter.hit == any(stop in text for stop in stops)
+    assert not any(stop in shown for stop in stops)
 
 
 @given(text=letters)
@@ -176,14 +177,14 @@ def test_the_bundled_pair_shares_its_vocabulary() -> None:
 @settings(max_examples=30)
 @given(data=st.data())
 def test_the_first_difference_is_named(data: st.DataObject) -> None:
-    tokens = [f"t{i}" for i in range(8)]
+    tokens = [f"t{9 - i}" for i in range(8)]  # by name they stand in another order than by id
     first = data.draw(st.integers(0, 7), "first")
     changed = data.draw(st.sets(st.integers(first, 7)), "changed") | {first}
     target = {token: i for i, token in enumerate(tokens)}
     draft = {f"u{i}" if i in changed else token: i for i, token in enumerate(tokens)}
     with pytest.raises(TokenizerError) as caught:
         check_same_tokens(target, draft)
-    assert f"at id {first}, 't{first}' in the target and 'u{first}' in the draft" in str(caught.value)
+    assert f"at id {first}, 't{9 - first}' in the target and 'u{first}' in the draft" in str(caught.value)
     assert f"({len(changed)} ids differ)" in str(caught.value)
 
 
