@@ -9,7 +9,15 @@ from typing import Any
 import psutil
 
 from llmcad_actors.config import DraftSpec, EngineConfig, LoaderSpec, VerifierSpec
-from llmcad_actors.core.budget import EMBEDDING_CACHE_BYTES, BudgetInputs, MemoryPlan, parse_rate, parse_size, plan
+from llmcad_actors.core.budget import (
+    EMBEDDING_CACHE_BYTES,
+    BudgetInputs,
+    MemoryPlan,
+    Shard,
+    parse_rate,
+    parse_size,
+    plan,
+)
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import (
     AdaptiveConfidence,
@@ -23,9 +31,9 @@ from llmcad_actors.errors import ConfigError
 from llmcad_actors.models.families import family_of
 from llmcad_actors.models.tokenizer import check_same_vocabulary
 from llmcad_actors.storage.checkpoint import Checkpoint
-from llmcad_actors.storage.layout import Layout, layout_of
-from llmcad_actors.storage.pieces import largest_piece
-from llmcad_actors.storage.reader import buffer_bytes
+from llmcad_actors.storage.layout import Layout, ShardSpec, layout_of
+from llmcad_actors.storage.pieces import pieces_of
+from llmcad_actors.storage.reader import span_bytes
 
 DEFAULT_CONTEXT = 2048
 DRAFT_SLOTS = 1024
@@ -180,8 +188,14 @@ def budget_inputs(
         target_resident=sum(i.nbytes for i in layout.resident) * width // stored_bytes(target) + EMBEDDING_CACHE_BYTES,
         target_kv=kv_bytes(target.config, context + 2 * config.max_nodes, width),
         activations=activation_bytes(layout, target.config, rows, context, config.max_nodes, width),
-        shards=tuple((s.name, s.nbytes, buffer_bytes(largest_piece(s, config.piece_bytes))) for s in layout.shards),
+        shards=tuple(budget_shard(spec, config.piece_bytes) for spec in layout.shards),
     )
+
+
+def budget_shard(spec: ShardSpec, piece_bytes: int) -> Shard:
+    """A shard as the budget sees it."""
+    spans = [span_bytes(piece.offset, piece.nbytes) for piece in pieces_of(spec, piece_bytes)]
+    return Shard(spec.name, spec.nbytes, sum(spans), max(spans))
 
 
 def draft_cache_bytes(draft: Checkpoint, config: EngineConfig, context: int) -> int:

@@ -28,8 +28,7 @@ class Bar:
 
 
 BARS = (
-    Bar("loader", "read", "disk read", "#4c78a8", low=-0.1),
-    Bar("loader", "put", "put into the store", "#9ecae9", high=-0.15),  # below the reads, which it overlaps
+    Bar("loader", "read", "disk read", "#4c78a8"),
     Bar("verifier", "compute", "layer computed", "#54a24b"),
     Bar("verifier", "stall", "stall", "#e45756"),
     Bar("draft", "step", "draft step", "#f58518", provisional=False),

@@ -373,7 +373,7 @@ def test_a_trace_tells_the_whole_run(run: Run) -> None:
     assert sum(len(each.tree) for each in passes) == stats.verified_nodes
     assert len(trace.named("draft", "step")) >= stats.draft_steps > 0
     assert (trace.num_dropped, trace.missing) == (0, ())
-    assert summary(trace)["bytes_read"] > 0 and len(trace.named("loader", "put")) > 0
+    assert summary(trace)["bytes_read"] > 0 and len(trace.named("loader", "read")) > 0
 
 
 def test_every_pass_takes_every_shard_in_turn(run: Run) -> None:

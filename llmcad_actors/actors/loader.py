@@ -1,9 +1,8 @@
 """The loader: reads shards from disk ahead of the verifier, in a circle, within its byte budget.
 
-A shard is read in pieces (runs of tensors that lie together in the file), each piece into a reusable aligned
-buffer and from there into the object store; putting realigns every tensor to 64 bytes. While piece k is being put,
-piece k + 1 is being read. The loader never holds more bytes in the store than its window. It knows byte ranges
-only: no torch, no model.
+A shard is read in pieces (runs of tensors that lie together in the file), straight into the window: memory that the
+verifier shares. It lends shards in order and reads on as leases end, so it never holds more than the window. It
+knows byte ranges only: no torch, no model.
 """
 
 import threading
@@ -14,32 +13,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import ray
-
+from llmcad_actors.actors.arena import Arena
 from llmcad_actors.config import LoaderSpec
-from llmcad_actors.core.budget import NUM_READ_BUFFERS
+from llmcad_actors.core.ring import Ring
 from llmcad_actors.core.trace import Recorder
 from llmcad_actors.errors import DeadlineError, LlmcadError, OverBudgetError, RuntimeFailure, StorageError
 from llmcad_actors.messages import Progress, pack, unpack
-from llmcad_actors.storage.checkpoint import Checkpoint, TensorInfo
+from llmcad_actors.storage.checkpoint import Checkpoint
+from llmcad_actors.storage.direct import BLOCK
 from llmcad_actors.storage.layout import ShardSpec, layout_of
-from llmcad_actors.storage.pieces import Piece, pieces_of
-from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader, PendingRead, TokenBucket, buffer_bytes
+from llmcad_actors.storage.pieces import Piece, pieces_of, room_bytes
+from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader, PendingRead, TokenBucket, span_bytes
 
-NUM_BUFFERS = NUM_READ_BUFFERS
 READ_TIMEOUT_S = 120.0
 
-Put = Callable[[dict[str, np.ndarray]], Any]
-"""Stores the tensors of a piece (uint8 arrays by name) and returns a reference; dropping it frees them."""
+Place = tuple[str, int, int]
+"""A tensor of a leased shard: name, where it begins in the window, bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A piece on its way, or there."""
+
+    piece: Piece
+    position: int  # in the window
+    pending: PendingRead
+
+    def places(self) -> Iterator[Place]:
+        start = self.position + self.piece.offset % BLOCK
+        for info in self.piece.tensors:
+            yield info.name, start + info.offset - self.piece.offset, info.nbytes
 
 
 @dataclass
 class _Shard:
     spec: ShardSpec
     lease: int
-    refs: list[Any] = field(default_factory=list)
-    nbytes: int = 0
+    reads: list[_Read] = field(default_factory=list)
 
 
 class Loader:
@@ -48,10 +58,9 @@ class Loader:
     def __init__(
         self,
         *,
-        window_bytes: int,
+        window: AlignedBuffer,
         piece_bytes: int,
         reader: ParallelReader,
-        put: Put,
         read_ahead: bool = True,
         recorder: Recorder | None = None,
     ) -> None:
@@ -60,57 +69,44 @@ class Loader:
         self._num_waiting = 0  # calls of `next`
         self._num_given = 0
         self._recorder = recorder or Recorder("loader", time.monotonic)
-        self._window = window_bytes
+        self._window = window
+        self._ring = Ring(window.size)
         self._piece_bytes = piece_bytes
         self._reader = reader
-        self._put = put
         self._state = threading.Condition()
-        self._ready: deque[_Shard] = deque()
+        self._submitted: deque[_Shard] = deque()
         self._leased: dict[int, _Shard] = {}
-        self._held = 0  # bytes in the store, and those on their way there
         self._closed = False
         self._error: LlmcadError | None = None
-        self._threads: list[threading.Thread] = []
-        self._buffers: deque[AlignedBuffer] = deque()
-        self._pending: deque[tuple[_Shard, Piece, AlignedBuffer, PendingRead, bool]] = deque()
+        self._thread: threading.Thread | None = None
         self._cycle: tuple[ShardSpec, ...] = ()
         self._last: _Shard | None = None
 
     def start(self, prelude: Sequence[ShardSpec], cycle: Sequence[ShardSpec]) -> None:
         """Begin to read: `prelude` once, then `cycle` round and round (an empty cycle ends the reading)."""
-        largest = max((spec.nbytes for spec in (*prelude, *cycle)), default=0)
-        if largest > self._window:
-            raise OverBudgetError(f"a shard of {largest} bytes does not fit the window of {self._window}")
+        needed = max((room_bytes(spec, self._piece_bytes) for spec in (*prelude, *cycle)), default=0)
+        if needed > self._window.size:
+            raise OverBudgetError(f"a shard that takes {needed} bytes does not fit the window of {self._window.size}")
         self._cycle = tuple(cycle)
-        pieces = [p for s in (*prelude, *cycle) for p in pieces_of(s, self._piece_bytes)]
-        size = buffer_bytes(max((piece.nbytes for piece in pieces), default=1))
-        self._buffers.extend(AlignedBuffer(size, populate=True) for _ in range(NUM_BUFFERS))
-        for work in (lambda: self._feed(_schedule(prelude, cycle)), self._store):
-            thread = threading.Thread(target=self._guarded, args=(work,), daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self._thread = threading.Thread(target=self._guarded, args=(_schedule(prelude, cycle),), daemon=True)
+        self._thread.start()
 
-    def next(self, timeout_s: float) -> tuple[int, str, list[Any]]:
-        """Lease the next shard: (lease id, shard name, one reference per piece)."""
+    def next(self, timeout_s: float) -> tuple[int, str, tuple[Place, ...]]:
+        """Lease the next shard: (lease id, shard name, where its tensors lie in the window). One call at a time."""
         with self._state:
             self._num_waiting += 1
             self._state.notify_all()
-            try:
-                self._wait(lambda: bool(self._ready), timeout_s, "the next shard")
-            finally:
+        try:
+            return self._take_shard(time.monotonic() + timeout_s, timeout_s)
+        finally:
+            with self._state:
                 self._num_waiting -= 1
-            shard = self._ready.popleft()
-            self._num_given += 1
-            self._leased[shard.lease] = shard
-            self._last = shard
-            return shard.lease, shard.spec.name, list(shard.refs)
 
     def release(self, lease: int) -> None:
-        """End a lease; its bytes may be used again."""
+        """End a lease; its bytes will be written over."""
         with self._state:
-            shard = self._leased.pop(lease)
-            shard.refs.clear()
-            self._held -= shard.nbytes
+            for read in self._leased.pop(lease).reads:
+                self._ring.give_back(read.position)
             self._state.notify_all()
 
     def progress(self) -> Progress:
@@ -124,15 +120,34 @@ class Loader:
         with self._state:
             self._closed = True
             self._state.notify_all()
-        for thread in self._threads:
-            thread.join(READ_TIMEOUT_S)
+        if self._thread is not None:
+            self._thread.join(READ_TIMEOUT_S)
         self._reader.close()
-        self._ready.clear()
+        self._submitted.clear()
         self._leased.clear()
 
     @property
     def held_bytes(self) -> int:
-        return self._held
+        return self._ring.used
+
+    def _take_shard(self, deadline: float, timeout_s: float) -> tuple[int, str, tuple[Place, ...]]:
+        with self._state:
+            self._wait(lambda: bool(self._submitted), timeout_s, "the next shard")
+            shard = self._submitted[0]
+        try:
+            for read in shard.reads:
+                read.pending.wait(max(0.0, deadline - time.monotonic()))
+        except StorageError as error:
+            self._fail(error)
+            raise
+        with self._state:
+            self._submitted.popleft()
+            self._num_given += 1
+            self._leased[shard.lease] = self._last = shard
+        for read in shard.reads:
+            began, ended = read.pending.began, read.pending.ended
+            self._recorder.add("read", began, ended, shard=shard.spec.name, bytes=read.piece.nbytes)
+        return shard.lease, shard.spec.name, tuple(place for read in shard.reads for place in read.places())
 
     def _wait(self, ready: Callable[[], bool], timeout_s: float, what: str) -> None:
         done = self._state.wait_for(lambda: ready() or self._error is not None or self._closed, timeout_s)
@@ -143,9 +158,9 @@ class Loader:
         if not done:
             raise DeadlineError(f"{what} did not come within {timeout_s:.0f} s")
 
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def _guarded(self, schedule: Iterator[ShardSpec]) -> None:
         try:
-            work()
+            self._feed(schedule)
         except _ClosedError:
             pass
         except LlmcadError as error:
@@ -159,18 +174,17 @@ class Loader:
             self._state.notify_all()
 
     def _feed(self, schedule: Iterator[ShardSpec]) -> None:
-        """Submit the reads of piece after piece, each when window and buffers have room."""
+        """Submit the reads of piece after piece, each when the window has room."""
         for lease, spec in enumerate(schedule):
             shard = _Shard(spec, lease)
-            pieces = pieces_of(spec, self._piece_bytes)
             self._await_demand(lease)
-            for piece in pieces:
-                buffer = self._take_room(piece.nbytes)
-                shard.nbytes += piece.nbytes
-                pending = self._reader.submit(piece.file, piece.offset, piece.nbytes, buffer)
-                with self._state:
-                    self._pending.append((shard, piece, buffer, pending, piece is pieces[-1]))
-                    self._state.notify_all()
+            for piece in pieces_of(spec, self._piece_bytes):
+                position = self._take_room(span_bytes(piece.offset, piece.nbytes))
+                pending = self._reader.submit(piece.file, piece.offset, piece.nbytes, self._window, position)
+                shard.reads.append(_Read(piece, position, pending))
+            with self._state:
+                self._submitted.append(shard)
+                self._state.notify_all()
 
     def _await_demand(self, lease: int) -> None:
         """Without read-ahead, a shard's turn comes when it is waited for and the one before is done with."""
@@ -182,34 +196,14 @@ class Loader:
             with self._state:
                 self._state.wait_for(lambda: self._closed or is_due())
 
-    def _take_room(self, nbytes: int) -> AlignedBuffer:
+    def _take_room(self, nbytes: int) -> int:
         with self._state:
-            self._state.wait_for(lambda: self._closed or (self._buffers and self._held + nbytes <= self._window))
-            if self._closed:
-                raise _ClosedError
-            self._held += nbytes
-            return self._buffers.popleft()
-
-    def _store(self) -> None:
-        """Put finished pieces into the store, in order; a shard is ready with its last piece."""
-        while True:
-            with self._state:
-                self._state.wait_for(lambda: self._closed or bool(self._pending))
-                if self._closed:
-                    return
-                shard, piece, buffer, pending, is_last = self._pending.popleft()
-            data = pending.wait(READ_TIMEOUT_S)
-            self._recorder.add("read", pending.began, pending.ended, shard=shard.spec.name, bytes=piece.nbytes)
-            started = self._recorder.now()
-            ref = self._put({info.name: _part(data, piece, info) for info in piece.tensors})
-            self._recorder.add("put", started, shard=shard.spec.name, bytes=piece.nbytes)
-            with self._state:
-                shard.refs.append(ref)
-                del ref  # the shard's is the only one: dropping that frees the bytes
-                self._buffers.append(buffer)
-                if is_last:
-                    self._ready.append(shard)
-                self._state.notify_all()
+            while not self._closed:
+                position = self._ring.take(nbytes)
+                if position is not None:
+                    return position
+                self._state.wait()
+        raise _ClosedError
 
 
 class _ClosedError(Exception):
@@ -220,11 +214,6 @@ def _schedule(prelude: Sequence[ShardSpec], cycle: Sequence[ShardSpec]) -> Itera
     yield from prelude
     while cycle:
         yield from cycle
-
-
-def _part(data: np.ndarray, piece: Piece, info: TensorInfo) -> np.ndarray:
-    start = info.offset - piece.offset
-    return data[start : start + info.nbytes]
 
 
 class LoaderActor:
@@ -239,19 +228,23 @@ class LoaderActor:
         self._prelude = [spec for spec in layout.shards if spec.name in pinned]
         self._cycle = [spec for spec in layout.shards if spec.name not in pinned]
         self._recorder = Recorder("loader", time.monotonic)
+        self._arena = Arena(setup.window_bytes)
         self._loader = Loader(
-            window_bytes=setup.window_bytes,
+            window=self._arena.buffer,
             piece_bytes=setup.piece_bytes,
             reader=reader,
-            put=ray.put,
             read_ahead=setup.read_ahead,
             recorder=self._recorder,
         )
 
+    def arena(self) -> tuple[list[Any], int]:
+        """The window, to be `mapped`."""
+        return self._arena.handle()
+
     def start(self) -> None:
         self._loader.start(self._prelude, self._cycle)
 
-    def next(self, timeout_s: float) -> tuple[int, str, list[Any]]:
+    def next(self, timeout_s: float) -> tuple[int, str, tuple[Place, ...]]:
         return self._loader.next(timeout_s)
 
     def release(self, lease: int) -> None:

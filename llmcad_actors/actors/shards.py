@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import ray
 
+from llmcad_actors.actors.arena import mapped
 from llmcad_actors.actors.calls import fetch
+from llmcad_actors.actors.loader import Place
 from llmcad_actors.errors import ActorFailure
 from llmcad_actors.storage.layout import ShardSpec
 from llmcad_actors.storage.reader import AlignedBuffer
@@ -39,6 +40,7 @@ class LeasedShards:
         """`num_shards`: of a pass."""
         self._loader = loader
         self._num_shards = num_shards
+        self._window = mapped(fetch(loader.arena.remote(), SHARD_TIMEOUT_S, "the window"))
         self._ahead: Any = None
         self._pinned: dict[str, PinnedShard] = {}
 
@@ -60,27 +62,21 @@ class LeasedShards:
 
     @contextmanager
     def _next(self, name: str, *, ask_ahead: bool) -> Iterator[dict[str, np.ndarray]]:
-        lease, refs = self._take(name)
-        arrays: dict[str, np.ndarray] = {}
+        lease, places = self._take(name)
         try:
-            for tensors in ray.get(refs, timeout=SHARD_TIMEOUT_S):
-                arrays |= tensors
             if ask_ahead:
                 self._ahead = self._ask()
-            yield arrays
-        finally:  # nothing of the shard may be referred to any more when the loader hears that it is free
-            arrays.clear()
-            refs.clear()
-            tensors = None
+            yield {tensor: self._window[start : start + nbytes] for tensor, start, nbytes in places}
+        finally:  # from now on the loader writes over it
             self._loader.release.remote(lease)
 
-    def _take(self, name: str) -> tuple[int, list[Any]]:
+    def _take(self, name: str) -> tuple[int, tuple[Place, ...]]:
         """The lease of shard `name`: the loader's next one, or, after a pass that broke off, one soon after."""
         for _ in range(self._num_shards):
             request, self._ahead = self._ahead or self._ask(), None
-            lease, found, refs = fetch(request, SHARD_TIMEOUT_S + 10, f"shard {name}")
+            lease, found, places = fetch(request, SHARD_TIMEOUT_S + 10, f"shard {name}")
             if found == name:
-                return lease, refs
+                return lease, places
             self._loader.release.remote(lease)
         raise ActorFailure(f"the loader does not read shard {name}")
 

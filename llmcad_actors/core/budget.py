@@ -1,12 +1,12 @@
 """The byte budget: how a memory cap is split, before anything starts.
 
     cap >= overhead + draft weights + draft KV + target resident + target KV + activations
-           + window + read buffers + slack + pinned shards
+           + window + slack + pinned shards
 
 Target weights come in shards, in the order of the pass. The window holds those under way: the one the verifier
-computes with and the next one being read, so room for the two largest streamed shards. Pinned shards are loaded
-through it too, so it is never smaller than the largest shard of all. What is left pins whole shards for good: a
-cyclic scan makes LRU useless, a fixed set saves exactly its bytes every pass.
+computes with and the next one being read, so room for the two largest streamed shards, and for a piece of them that
+does not fit behind the others. Pinned shards are loaded through it too, so it takes the largest shard of all. What
+is left pins whole shards for good: a cyclic scan makes LRU useless, a fixed set saves exactly its bytes every pass.
 
 Which shards: spread evenly through the pass, so that reading goes on while a pinned shard computes. A shard bigger
 than most (the head, as a rule) may go first: without it the window is smaller. Every such choice is priced, and the
@@ -16,6 +16,7 @@ more.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llmcad_actors.core.sizes import format_size, parse_rate, parse_size
 from llmcad_actors.errors import MemoryCapError
@@ -24,12 +25,17 @@ __all__ = ["BudgetInputs", "MemoryPlan", "Shard", "format_size", "parse_rate", "
 
 STORE_SLACK_BYTES = 16 << 20  # of the object store: headers, alignment, gaps between objects
 EMBEDDING_CACHE_BYTES = 8 << 20  # rows of the target's embedding that are kept
-NUM_READ_BUFFERS = 3  # one being read, one being put into the store, one so that neither waits
 LEAST_STORE_BYTES = 80 << 20  # Ray makes none smaller, and in time all of it is touched
 _MB = 10**6
 
-Shard = tuple[str, int, int]
-"""Name, bytes, bytes of the largest piece read at once."""
+
+class Shard(NamedTuple):
+    """What is streamed as one unit."""
+
+    name: str
+    nbytes: int
+    room: int  # bytes of the window that it takes: its pieces, each widened to whole blocks
+    piece: int  # the largest of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,6 @@ class MemoryPlan:
     target_resident_bytes: int
     target_kv_bytes: int
     activations_bytes: int
-    read_buffers_bytes: int
     slack_bytes: int
     window_bytes: int
     pinned_bytes: int
@@ -87,7 +92,6 @@ class MemoryPlan:
             ("target, always resident", self.target_resident_bytes),
             ("target cache", self.target_kv_bytes),
             ("activations", self.activations_bytes),
-            ("read buffers", self.read_buffers_bytes),
             ("store slack", self.slack_bytes),
             ("window for streamed shards", self.window_bytes),
             ("pinned shards", self.pinned_bytes),
@@ -110,10 +114,10 @@ def smallest_cap(inputs: BudgetInputs) -> int:
 
 def _choices(shards: Sequence[Shard]) -> Iterator[frozenset[int]]:
     """Sets of shards to pin: all above some size, and any number of the others, evenly spread."""
-    sizes = sorted(nbytes for _, nbytes, _ in shards)
+    sizes = sorted(shard.nbytes for shard in shards)
     median = sizes[len(sizes) // 2] if sizes else 0
     for least in [float("inf"), *sorted({size for size in sizes if size > median}, reverse=True)[:8]]:
-        large = [i for i, (_, nbytes, _) in enumerate(shards) if nbytes >= least]
+        large = [i for i, shard in enumerate(shards) if shard.nbytes >= least]
         others = [i for i in range(len(shards)) if i not in large]
         for count in range(len(others) + 1):
             yield frozenset(large + _spread(others, count))
@@ -128,8 +132,9 @@ def _split(inputs: BudgetInputs, pinned: frozenset[int], cap_bytes: int) -> Memo
     shards = inputs.shards
     kept = [shard for i, shard in enumerate(shards) if i in pinned]
     streamed = [shard for i, shard in enumerate(shards) if i not in pinned]
-    largest_two = sorted(nbytes for _, nbytes, _ in streamed)[-2:]
-    window = max(sum(largest_two), max((nbytes for _, nbytes, _ in shards), default=0))
+    largest_two = sorted(shard.room for shard in streamed)[-2:]
+    window = max(sum(largest_two), max((shard.room for shard in shards), default=0))
+    window += max((shard.piece for shard in shards), default=0)
     return MemoryPlan(
         cap_bytes=cap_bytes,
         overhead_bytes=inputs.overhead_bytes,
@@ -138,13 +143,12 @@ def _split(inputs: BudgetInputs, pinned: frozenset[int], cap_bytes: int) -> Memo
         target_resident_bytes=inputs.target_resident,
         target_kv_bytes=inputs.target_kv,
         activations_bytes=inputs.activations,
-        read_buffers_bytes=NUM_READ_BUFFERS * max((piece for _, _, piece in shards), default=0),
         slack_bytes=max(STORE_SLACK_BYTES, LEAST_STORE_BYTES - window),
         window_bytes=window,
-        pinned_bytes=sum(nbytes for _, nbytes, _ in kept),
-        bytes_per_pass=sum(nbytes for _, nbytes, _ in streamed),
-        pinned=tuple(name for name, _, _ in kept),
-        streamed=tuple(name for name, _, _ in streamed),
+        pinned_bytes=sum(shard.nbytes for shard in kept),
+        bytes_per_pass=sum(shard.nbytes for shard in streamed),
+        pinned=tuple(shard.name for shard in kept),
+        streamed=tuple(shard.name for shard in streamed),
     )
 
 

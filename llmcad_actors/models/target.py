@@ -13,22 +13,22 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from llmcad_actors.core.acceptance import walk
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError
 from llmcad_actors.messages import PassStats, Verdict
+from llmcad_actors.models import linear
 from llmcad_actors.models.embedding import EmbeddingRows
 from llmcad_actors.models.kv_cache import TreeCache
 from llmcad_actors.models.skeleton import Slots, build_skeleton, stream_layers
-from llmcad_actors.models.tensors import as_tensor
+from llmcad_actors.models.tensors import DTYPES, as_tensor
 from llmcad_actors.ports import ShardSource
 from llmcad_actors.storage.checkpoint import Checkpoint, TensorInfo
 from llmcad_actors.storage.layout import Layout
 from llmcad_actors.storage.reader import read_bytes
 
-ROW_SIZES = (16, 32, 64, 96, 144, 192, 256, 320, 384, 512)
+ROW_SIZES = (1, 16, 32, 64, 96, 144, 192, 256, 320, 384, 512)
 
 
 def padded_rows(rows: int) -> int:
@@ -60,6 +60,8 @@ class Target:
         layers = model.get_submodule(layout.family.layers)
         assert isinstance(layers, torch.nn.ModuleList)
         check_shapes(layers[0], layout)
+        self._linear = linear.chosen(DTYPES[checkpoint.dtype], dtype)
+        self._as_stored = linear.install(layers, self._linear)
         stream_layers(layers, self._layer_weights)
         self._embedding = self._base.get_input_embeddings()
         self._embedding_slots = Slots(self._embedding)
@@ -87,17 +89,19 @@ class Target:
     def _layer_weights(self, index: int) -> Iterator[Mapping[str, torch.Tensor]]:
         spec = self.layout.layers[index]
         with self._leased(spec.name, spec.tensors, self.layout.leaf) as weights:
+            for name in weights.keys() - self._as_stored:
+                weights[name] = weights[name].to(self.dtype)
             yield weights
 
     @contextmanager
     def _leased(
         self, name: str, infos: Sequence[TensorInfo], key: Callable[[str], str] = str
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """The shard's tensors in the computing type, by `key` of their names; none may outlive the block."""
+        """The shard's tensors as stored, by `key` of their names; none may outlive the block."""
         started = time.perf_counter()
         with self.source.lease(name) as arrays:
             self._stall_s += time.perf_counter() - started
-            tensors = {key(i.name): as_tensor(arrays[i.name], i.dtype, i.shape).to(self.dtype) for i in infos}
+            tensors = {key(i.name): as_tensor(arrays[i.name], i.dtype, i.shape) for i in infos}
             try:
                 yield tensors
             finally:
@@ -172,7 +176,7 @@ class Target:
             with self._leased(spec.name, spec.tensors) as tensors:
                 rows = slice(spec.row_start, spec.row_start + spec.tensors[0].shape[0])
                 bias = None if self._head_bias is None else self._head_bias[rows]
-                value, index = F.linear(hidden, tensors[spec.tensors[0].name], bias).float().max(dim=-1)
+                value, index = self._linear(hidden, tensors[spec.tensors[0].name], bias).float().max(dim=-1)
             better = value > best
             best[better], choice[better] = value[better], index[better] + spec.row_start
         return choice.numpy()

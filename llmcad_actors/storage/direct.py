@@ -47,15 +47,26 @@ def buffer_bytes(nbytes: int) -> int:
 
 
 class AlignedBuffer:
-    """Page-aligned private memory of `size` bytes (rounded up to whole blocks), for reuse.
+    """Page-aligned private memory of `size` bytes (rounded up to whole blocks), for reuse; in huge pages if possible.
 
     `populate` touches every page now: first touch later costs more than the read itself.
     """
 
     def __init__(self, size: int, *, populate: bool = False) -> None:
         self.size = align_up(max(size, 1))
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (getattr(mmap, "MAP_POPULATE", 0) if populate else 0)
-        self._memory = mmap.mmap(-1, self.size, flags=flags)
+        self._memory: Any = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        if populate:
+            self.view(0, self.size)[::BLOCK] = 0
+
+    @classmethod
+    def over(cls, memory: Any, size: int) -> "AlignedBuffer":
+        """A buffer on memory of someone else's: writable, page-aligned, `size` bytes."""
+        buffer = cls.__new__(cls)
+        buffer.size, buffer._memory = size, memory
+        return buffer
 
     @classmethod
     def for_range(cls, nbytes: int, *, populate: bool = False) -> "AlignedBuffer":

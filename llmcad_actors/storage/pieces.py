@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmcad_actors.storage.checkpoint import TensorInfo
+from llmcad_actors.storage.direct import span_bytes
 from llmcad_actors.storage.layout import ShardSpec
 
 MAX_GAP_BYTES = 64 << 10
@@ -26,8 +27,14 @@ def pieces_of(spec: ShardSpec, piece_bytes: int) -> tuple[Piece, ...]:
     return tuple(_piece(run) for run in _runs(spec.tensors, piece_bytes))
 
 
-def largest_piece(spec: ShardSpec, piece_bytes: int) -> int:
-    return max(piece.nbytes for piece in pieces_of(spec, piece_bytes))
+def room_bytes(spec: ShardSpec, piece_bytes: int) -> int:
+    """What a window needs to be able to take the shard, whatever lies where.
+
+    Every piece widened to whole blocks, and as much as the largest of them: a piece that does not fit behind the
+    others begins anew at the window's start.
+    """
+    spans = [span_bytes(piece.offset, piece.nbytes) for piece in pieces_of(spec, piece_bytes)]
+    return sum(spans) + max(spans, default=0)
 
 
 def _runs(tensors: tuple[TensorInfo, ...], piece_bytes: int) -> Iterator[list[TensorInfo]]:

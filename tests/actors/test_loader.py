@@ -1,56 +1,28 @@
 """The loader as a plain class: what is read comes whole and in order, and never more of it than the window holds."""
 
 import threading
-import weakref
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcad_actors.actors.loader import Loader
-from llmcad_actors.errors import DeadlineError, OverBudgetError, RuntimeFailure, StorageError
+from llmcad_actors.actors.loader import Loader, Place
+from llmcad_actors.errors import DeadlineError, OverBudgetError, StorageError
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import Layout, ShardSpec, layout_of
-from llmcad_actors.storage.reader import ParallelReader, read_bytes
+from llmcad_actors.storage.pieces import pieces_of
+from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader, read_bytes, span_bytes
 from tests.storage.checkpoints import LLAMA, llama_shapes, write_checkpoint
 
 SOON_S = 60.0  # long enough on any machine; nothing waits for it to pass
 NEVER_S = 0.05  # for what cannot come
+PIECE_BYTES = 2000
 CONFIG = LLAMA | {"num_hidden_layers": 5}
-
-
-@dataclass(eq=False)
-class Stored:
-    """What a store's reference keeps alive."""
-
-    arrays: dict[str, np.ndarray]
-    nbytes: int
-
-
-class Store:
-    """Copies what is put, like the object store; knows how many bytes were ever referred to at once."""
-
-    def __init__(self) -> None:
-        self._stored: list[weakref.ref[Stored]] = []
-        self.peak = 0
-        self.num_puts = 0
-
-    def put(self, arrays: dict[str, np.ndarray]) -> Stored:
-        copies = {name: array.copy() for name, array in arrays.items()}
-        stored = Stored(copies, sum(array.nbytes for array in copies.values()))
-        self._stored.append(weakref.ref(stored))
-        self.num_puts += 1
-        self.peak = max(self.peak, self.held())
-        return stored
-
-    def held(self) -> int:
-        return sum(stored.nbytes for ref in self._stored if (stored := ref()) is not None)
 
 
 @pytest.fixture(scope="module")
@@ -60,55 +32,73 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     return layout_of(Checkpoint.open(path))
 
 
+def room_of(spec: ShardSpec) -> int:
+    """Bytes of the window that a shard takes."""
+    return sum(span_bytes(piece.offset, piece.nbytes) for piece in pieces_of(spec, PIECE_BYTES))
+
+
 @contextmanager
-def loading(prelude: tuple[ShardSpec, ...], cycle: tuple[ShardSpec, ...], *, window: int, put: Any) -> Iterator[Loader]:
-    reader = ParallelReader(threads=2, chunk_bytes=4096)
-    loader = Loader(window_bytes=window, piece_bytes=2000, reader=reader, put=put)
+def loading(
+    prelude: tuple[ShardSpec, ...], cycle: tuple[ShardSpec, ...], *, shards: float
+) -> Iterator[tuple[Loader, AlignedBuffer]]:
+    """A loader whose window has room for so many of the largest shards, wherever their pieces begin."""
+    largest = max(room_of(spec) for spec in (*prelude, *cycle))
+    window = AlignedBuffer(int(shards * largest) + largest_piece(*prelude, *cycle))
+    loader = Loader(window=window, piece_bytes=PIECE_BYTES, reader=ParallelReader(threads=2, chunk_bytes=4096))
     try:
         loader.start(prelude, cycle)
-        yield loader
+        yield loader, window
     finally:
         loader.close()
 
 
-def take(loader: Loader) -> tuple[int, str, dict[str, np.ndarray]]:
-    """The next shard: lease, name, and its tensors, copied."""
-    lease, name, refs = loader.next(SOON_S)
-    return lease, name, {key: array for ref in refs for key, array in ref.arrays.items()}
+def largest_piece(*specs: ShardSpec) -> int:
+    return max(span_bytes(p.offset, p.nbytes) for spec in specs for p in pieces_of(spec, PIECE_BYTES))
+
+
+def is_whole(spec: ShardSpec, places: tuple[Place, ...], window: AlignedBuffer) -> bool:
+    """All the shard's tensors, and nothing else, lie where the lease says."""
+    found = {name: window.view(start, nbytes) for name, start, nbytes in places}
+    expected = {info.name: read_bytes(info) for info in spec.tensors}
+    return found.keys() == expected.keys() and all(np.array_equal(found[n], expected[n]) for n in expected)
 
 
 def test_the_prelude_comes_first_and_then_the_cycle_round_and_round(layout: Layout) -> None:
-    prelude, cycle, store = layout.layers[1:3], layout.layers[:1] + layout.layers[3:], Store()
-    with loading(prelude, cycle, window=2 * layout.layers[0].nbytes, put=store.put) as loader:
+    prelude, cycle = layout.layers[1:3], layout.layers[:1] + layout.layers[3:]
+    with loading(prelude, cycle, shards=2) as (loader, window):
         found = []
         for spec in (*prelude, *cycle, *cycle, *cycle):
-            lease, name, arrays = take(loader)
+            lease, name, places = loader.next(SOON_S)
             found.append(name)
-            assert arrays.keys() == {info.name for info in spec.tensors}
-            assert all(np.array_equal(arrays[info.name], read_bytes(info)) for info in spec.tensors)
+            assert is_whole(spec, places, window)
             loader.release(lease)
     assert found == [spec.name for spec in (*prelude, *cycle, *cycle, *cycle)]
 
 
 @settings(max_examples=12)
 @given(data=st.data())
-def test_what_is_held_never_exceeds_the_window(layout: Layout, data: st.DataObject) -> None:
-    shard = layout.layers[0].nbytes
-    window = data.draw(st.integers(shard, 4 * shard), "window")
-    store, leases = Store(), list[int]()
-    with loading((), layout.layers, window=window, put=store.put) as loader:
+def test_what_is_leased_stays_whole_until_it_is_released(layout: Layout, data: st.DataObject) -> None:
+    """Whatever is read meanwhile, and in whatever order leases end."""
+    shards = data.draw(st.floats(1, 4), "window, in shards")
+    leases: dict[int, tuple[ShardSpec, tuple[Place, ...]]] = {}
+    given = 0
+    specs = {spec.name: spec for spec in layout.layers}
+    with loading((), layout.layers, shards=shards) as (loader, window):
         for _ in range(12):
-            if leases and ((len(leases) + 1) * shard > window or data.draw(st.booleans())):
-                loader.release(leases.pop(data.draw(st.integers(0, len(leases) - 1))))
+            is_full = bool(leases) and given + 1 - min(leases) > shards  # room comes back in order
+            if leases and (is_full or data.draw(st.booleans())):
+                ended = data.draw(st.sampled_from(sorted(leases)))
+                loader.release(ended)
+                del leases[ended]
             else:
-                leases.append(loader.next(SOON_S)[0])
-            assert loader.held_bytes <= window
-        assert store.peak <= window
-    assert store.num_puts > 0
+                lease, name, places = loader.next(SOON_S)
+                leases[lease], given = (specs[name], places), lease + 1
+            assert all(is_whole(spec, places, window) for spec, places in leases.values())
+            assert loader.held_bytes <= window.size
 
 
 def test_a_released_shard_makes_room_for_the_next(layout: Layout) -> None:
-    with loading((), layout.layers, window=layout.layers[0].nbytes, put=Store().put) as loader:
+    with loading((), layout.layers, shards=1) as (loader, _):
         lease, _, _ = loader.next(SOON_S)
         with pytest.raises(DeadlineError, match="the next shard did not come within"):
             loader.next(NEVER_S)
@@ -117,39 +107,33 @@ def test_a_released_shard_makes_room_for_the_next(layout: Layout) -> None:
 
 
 def test_released_bytes_are_freed(layout: Layout) -> None:
-    store = Store()
-    with loading(layout.layers[:2], (), window=2 * layout.layers[0].nbytes, put=store.put) as loader:
+    with loading(layout.layers[:2], (), shards=2) as (loader, _):
         for _ in range(2):
             loader.release(loader.next(SOON_S)[0])
-        assert store.held() == loader.held_bytes == 0
+        assert loader.held_bytes == 0
         with pytest.raises(DeadlineError):
             loader.next(NEVER_S)  # an empty cycle ends the reading
 
 
 def test_it_reads_ahead_until_the_window_is_full(layout: Layout) -> None:
-    shard, full = layout.layers[0].nbytes, threading.Event()
-    store = Store()
-
-    def put(arrays: dict[str, np.ndarray]) -> Stored:
-        stored = store.put(arrays)
-        if store.held() == 3 * shard:
-            full.set()
-        return stored
-
-    with loading((), layout.layers, window=3 * shard + shard // 2, put=put):
-        assert full.wait(SOON_S)  # nobody asked for anything
+    """Nobody asks for anything."""
+    with loading((), layout.layers, shards=3.5) as (loader, _):
+        give_up = time.monotonic() + SOON_S
+        while loader.progress().bytes_read < 3 * layout.layers[0].nbytes:
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
+        assert loader.progress().shard == ""
 
 
 def test_a_shard_larger_than_the_window_is_refused(layout: Layout) -> None:
-    with (
-        pytest.raises(OverBudgetError, match="does not fit the window of 100"),
-        loading((), layout.layers, window=100, put=Store().put),
-    ):
-        pass
+    loader = Loader(window=AlignedBuffer(4096), piece_bytes=PIECE_BYTES, reader=ParallelReader())
+    with pytest.raises(OverBudgetError, match="does not fit the window of 4096"):
+        loader.start((), layout.layers)
+    loader.close()
 
 
 def test_progress_names_the_shard_and_counts_the_bytes(layout: Layout) -> None:
-    with loading((), layout.layers, window=2 * layout.layers[0].nbytes, put=Store().put) as loader:
+    with loading((), layout.layers, shards=2) as (loader, _):
         assert loader.progress().shard == ""
         for _ in range(3):
             loader.release(loader.next(SOON_S)[0])
@@ -162,7 +146,7 @@ def test_a_file_that_vanishes_is_reported_and_not_waited_for(tmp_path: Path) -> 
     layout = layout_of(Checkpoint.open(write_checkpoint(tmp_path, CONFIG, llama_shapes(CONFIG))))
     (tmp_path / "model.safetensors").unlink()
     with (
-        loading((), layout.layers, window=2 * layout.layers[0].nbytes, put=Store().put) as loader,
+        loading((), layout.layers, shards=2) as (loader, _),
         pytest.raises(StorageError, match=r"model\.safetensors"),
     ):
         loader.next(SOON_S)
@@ -171,23 +155,12 @@ def test_a_file_that_vanishes_is_reported_and_not_waited_for(tmp_path: Path) -> 
 def test_a_file_that_shrinks_is_reported_and_not_waited_for(tmp_path: Path) -> None:
     layout = layout_of(Checkpoint.open(write_checkpoint(tmp_path, CONFIG, llama_shapes(CONFIG))))
     file = tmp_path / "model.safetensors"
-    with loading((), layout.layers, window=layout.layers[0].nbytes, put=Store().put) as loader:
+    with loading((), layout.layers, shards=1) as (loader, _):
         lease, _, _ = loader.next(SOON_S)
         file.write_bytes(file.read_bytes()[:100])
         loader.release(lease)
         with pytest.raises(StorageError, match=r"model\.safetensors"):
             loader.next(SOON_S)
-
-
-def test_a_store_that_takes_nothing_is_reported_and_not_waited_for(layout: Layout) -> None:
-    def full(arrays: dict[str, np.ndarray]) -> Stored:
-        raise OSError("no space left")
-
-    with (
-        loading((), layout.layers, window=2 * layout.layers[0].nbytes, put=full) as loader,
-        pytest.raises(RuntimeFailure, match="no space left"),
-    ):
-        loader.next(SOON_S)
 
 
 def test_closing_ends_threads_and_waits(layout: Layout) -> None:
@@ -199,7 +172,7 @@ def test_closing_ends_threads_and_waits(layout: Layout) -> None:
         except StorageError as error:
             found.append(error)
 
-    with loading((), layout.layers, window=layout.layers[0].nbytes, put=Store().put) as loader:
+    with loading((), layout.layers, shards=1) as (loader, _):
         loader.next(SOON_S)  # and never released
         waiter = threading.Thread(target=wait, args=(loader,))
         waiter.start()

@@ -1,0 +1,91 @@
+"""Linear layers on CPUs without bfloat16 instructions.
+
+There, torch multiplies bfloat16 matrices through an emulation that is several times slower than float32. So the
+weights are widened to float32 block by block, each block small enough to stay in the processor's cache, and
+multiplied there. Sums are formed in float32 and rounded once, as by bfloat16 instructions.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+BLOCK_BYTES = 4 << 20
+"""Of widened weights: few enough to stay in the last cache, enough to keep two cores busy."""
+
+NATIVE_ROWS = 1
+"""For so few rows torch has a kernel of its own that is bound by memory, not by arithmetic."""
+
+_PROBE_ROWS, _PROBE_OUT, _PROBE_IN = 16, 1024, 1024
+_CLEARLY = 1.5
+
+
+Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""rows [..., in], weight [out, in] as stored, bias [out] or None -> [..., out] in the type of `rows`."""
+
+
+def chosen(stored: torch.dtype, dtype: torch.dtype) -> Linear:
+    """How to multiply rows in `dtype` with weights in `stored` on this machine."""
+    if stored == dtype:
+        return widened if widening_pays(dtype) else F.linear
+    return widened if dtype == torch.float32 or widening_pays(dtype) else converted
+
+
+def converted(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear` after the weight has been brought to the type of `rows`."""
+    return F.linear(rows, weight.to(rows.dtype), bias)
+
+
+def widened(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear` in float32, rounded once to the type of `rows`."""
+    if rows.dtype == weight.dtype and (rows.dtype == torch.float32 or rows.numel() <= NATIVE_ROWS * rows.shape[-1]):
+        return F.linear(rows, weight, bias)
+    columns = rows.reshape(-1, rows.shape[-1]).float().t()
+    wide = torch.empty(weight.shape[0], columns.shape[1])
+    step = max(1, BLOCK_BYTES // (4 * weight.shape[1]))
+    block = torch.empty(min(step, weight.shape[0]), weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        narrow = weight[start : start + step]
+        torch.mm(block[: len(narrow)].copy_(narrow), columns, out=wide[start : start + step])
+    result = wide.t() if bias is None else wide.t() + bias
+    return result.to(rows.dtype).contiguous().view(*rows.shape[:-1], weight.shape[0])
+
+
+@functools.cache
+def widening_pays(dtype: torch.dtype) -> bool:
+    """Whether `widened` is clearly faster than torch's own for `dtype` on this machine, as measured once (some ms)."""
+    if dtype == torch.float32:
+        return False
+    rows, weight = torch.ones(_PROBE_ROWS, _PROBE_IN, dtype=dtype), torch.ones(_PROBE_OUT, _PROBE_IN, dtype=dtype)
+    return _seconds(lambda: F.linear(rows, weight)) > _CLEARLY * _seconds(lambda: widened(rows, weight))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    work()
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def install(model: nn.Module, how: Linear) -> frozenset[str]:
+    """Make the linear layers of every module in the list `model` multiply by `how`.
+
+    Returns the names of their weights inside such a module: those may stay as they are stored.
+    """
+    names = set()
+    for layer in model.children():
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                module.forward = functools.partial(_forward, module, how)  # type: ignore[method-assign]
+                names.add(f"{name}.weight")
+    return frozenset(names)
+
+
+def _forward(module: nn.Linear, how: Linear, rows: torch.Tensor) -> torch.Tensor:
+    return how(rows, module.weight, module.bias)
