@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.tiny import BYTE_VOCAB, byte_tokenizer
 
 WINDOW = 16
-IDS = {"vocab_size": BYTE_VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+IDS = {"vocab_size": BYTE_VOCAB, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": None}
 HEADS = {"num_hidden_layers": 4, "num_attention_heads": 6, "max_position_embeddings": 256}
 PLAIN = IDS | HEADS | {"hidden_size": 48, "intermediate_size": 88}
 GROUPED = PLAIN | {"num_key_value_heads": 2}
@@ -37,14 +37,14 @@ class Case:
     window: int | None = None
 
     def save(self, path: Path, *, seed: int = 0, noise: float = 0.0) -> Path:
-        """A checkpoint of random weights; `noise` (of another seed) goes on top, relative to them."""
+        """A checkpoint of random weights; `noise`, relative to them, goes on top."""
         config = AutoConfig.for_model(self.model_type, **self.fields)
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        parameters = list(model.parameters())
-        for _, relative in [(seed, 1.0), *([(seed + 1, noise)] if noise else [])]:
-            for parameter in parameters:
-                spread = 0.3 if parameter.ndim > 1 else 0.2
+        embedding = model.get_input_embeddings().weight  # small: a large one makes the model repeat its input
+        for relative in (1.0, noise):
+            for parameter in model.parameters():
+                spread = 0.05 if parameter is embedding else 0.3 if parameter.ndim > 1 else 0.1
                 parameter.data.add_(torch.randn_like(parameter) * spread * relative)
         model.save_pretrained(path, max_shard_size="100KB")
         byte_tokenizer().save_pretrained(path)
@@ -97,9 +97,7 @@ CASES: dict[str, Case] = {
     "opt": Case("opt", IDS | HEADS | {"hidden_size": 48, "ffn_dim": 88, "word_embed_proj_dim": 48, "pad_token_id": 1}),
     "opt, projected": Case(
         "opt",
-        IDS
-        | HEADS
-        | {"hidden_size": 48, "ffn_dim": 88, "word_embed_proj_dim": 24, "do_layer_norm_before": False},
+        IDS | HEADS | {"hidden_size": 48, "ffn_dim": 88, "word_embed_proj_dim": 24, "do_layer_norm_before": False},
     ),
     "gpt_neox": Case("gpt_neox", PLAIN),
     "gpt_neox, one after the other": Case("gpt_neox", PLAIN | {"use_parallel_residual": False, "rotary_pct": 0.5}),
