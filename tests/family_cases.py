@@ -84,7 +84,7 @@ CASES: dict[str, Case] = {
     "phi, norms": Case("phi", GROUPED | {"qk_layernorm": True}),
     "gemma": Case("gemma", WIDE),
     "gemma2": windowed("gemma2", WIDE, query_pre_attn_scalar=16),
-    "gemma2, equal logits": windowed("gemma2", WIDE, final_logit_softcapping=0.1, tie_word_embeddings=False),
+    "gemma2, equal logits": windowed("gemma2", WIDE, final_logit_softcapping=1e-5, tie_word_embeddings=False),
     "gemma3": windowed("gemma3_text", WIDE, **MIXED, query_pre_attn_scalar=16),
     "gpt2": Case("gpt2", GPT2),
     "gpt2, scaled by layer": Case("gpt2", GPT2 | {"scale_attn_by_inverse_layer_idx": True}),

@@ -224,11 +224,11 @@ def test_a_real_models_plan_streams_its_layers_within_the_cap(name: str, tmp_pat
     real = REAL[name]
     path = sparse_checkpoint(tmp_path / "model", real.model_type, real.fields)
     assert sum(8 * 512 < file.stat().st_blocks * 512 < 10**6 for file in path.glob("*.safetensors")) == 1  # a hole
-    done = CliRunner().invoke(app, ["plan", "--target", str(path), "--memory", "9GB", "--json"])
+    done = CliRunner().invoke(app, ["plan", "--target", str(path), "--memory", "12GB", "--json"])
     assert done.exit_code == 0, done.output
     plan = json.loads(done.output)
     assert plan["target_bytes"] / 2e9 == pytest.approx(real.billions, rel=1e-3)
-    assert plan["total_bytes"] <= plan["memory_cap_bytes"] == 9 * 10**9
+    assert plan["total_bytes"] <= plan["memory_cap_bytes"] == 12 * 10**9
     family = family_of({"model_type": real.model_type, **real.fields})
     layers = [shard for shard in plan["pinned"] + plan["streamed"] if shard.startswith("layer.")]
     assert len(layers) == family.num_layers(real.fields)

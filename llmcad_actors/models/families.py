@@ -4,7 +4,6 @@ A new family is one more row of `FAMILIES`, and a case in tests/test_families.py
 tensor names decide everything.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from llmcad_actors.errors import CheckpointError
@@ -104,9 +103,7 @@ FAMILIES = (
     replace(_LLAMA, model_types=("olmo2",), layer_shapes=None),
     replace(_LLAMA, model_types=("olmo3",), layer_shapes=None, windows="by_layer_type"),
     replace(_LLAMA, model_types=("phi3",), layer_shapes=None, windows="all", context_default=4096),
-    replace(
-        _LLAMA, model_types=("stablelm",), layer_shapes=None, resident=("model.norm.weight", "model.norm.bias")
-    ),
+    replace(_LLAMA, model_types=("stablelm",), layer_shapes=None, resident=("model.norm.weight", "model.norm.bias")),
     replace(
         _LLAMA,
         model_types=("phi",),
