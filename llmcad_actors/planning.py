@@ -203,6 +203,8 @@ def activation_bytes(
     family, hidden = prepared.family, prepared.embedding.shape[1]
     widest = max(max(tensor.shape) for tensor in prepared.layers[0].tensors)
     states = rows * (4 * hidden + 3 * widest) * width
+    if family.experts:  # the joined tensors of one
+        states += 2 * max(tensor.nbytes for tensor in prepared.layers[0].tensors)
     mask = rows * (context + rows) * (width + 1) * (1 if family.windows == "none" else 2)
     if family.keeps_scores:
         mask += family.num_heads(config) * rows * (context + rows) * (4 + 2 * width)

@@ -16,6 +16,7 @@ PLAIN = IDS | HEADS | {"hidden_size": 48, "intermediate_size": 88}
 GROUPED = PLAIN | {"num_key_value_heads": 2}
 WIDE = GROUPED | {"head_dim": 16}
 GPT2 = IDS | {"n_layer": 4, "n_head": 6, "n_embd": 48, "n_positions": 256}
+EXPERTS = GROUPED | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 FALCON = IDS | HEADS | {"hidden_size": 48}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -86,6 +87,17 @@ CASES: dict[str, Case] = {
     "gemma2": windowed("gemma2", WIDE, query_pre_attn_scalar=16),
     "gemma2, equal logits": windowed("gemma2", WIDE, final_logit_softcapping=1e-5, tie_word_embeddings=False),
     "gemma3": windowed("gemma3_text", WIDE, **MIXED, query_pre_attn_scalar=16),
+    "mixtral": windowed("mixtral", GROUPED, num_local_experts=5),
+    "qwen2_moe": Case("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 40}),
+    "qwen2_moe, windows": windowed(
+        "qwen2_moe",
+        EXPERTS,
+        shared_expert_intermediate_size=40,
+        use_sliding_window=True,
+        max_window_layers=3,
+        tie_word_embeddings=True,
+    ),
+    "qwen3_moe": windowed("qwen3_moe", EXPERTS, head_dim=16, use_sliding_window=True, norm_topk_prob=True),
     "gpt2": Case("gpt2", GPT2),
     "gpt2, scaled by layer": Case("gpt2", GPT2 | {"scale_attn_by_inverse_layer_idx": True}),
     "gptj": Case("gptj", GPT2 | {"rotary_dim": 4}),

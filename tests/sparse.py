@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from tests.tiny import byte_tokenizer
 
@@ -17,8 +18,8 @@ def sparse_checkpoint(path: Path, model_type: str, fields: dict[str, Any]) -> Pa
     (path / "config.json").write_text(json.dumps({"model_type": model_type, **fields}))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}  # a tied head is left out
-    write_header(path / "model.safetensors", shapes)
+    stored = revert_weight_conversion(model, dict(model.named_parameters()))  # without a tied head; experts apart
+    write_header(path / "model.safetensors", {name: list(tensor.shape) for name, tensor in stored.items()})
     byte_tokenizer().save_pretrained(path)
     return path
 

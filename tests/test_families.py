@@ -22,7 +22,7 @@ from llmcad_actors.models.masks import SLIDING, Windows
 from llmcad_actors.planning import prepare
 from tests.actors.engines import job
 from tests.fakes import tokens_to
-from tests.family_cases import CASES, GROUPED, IDS, LONGROPE, WINDOW, Case
+from tests.family_cases import CASES, EXPERTS, GROUPED, IDS, LONGROPE, WINDOW, Case
 from tests.models.checkpoints import target_of
 from tests.plain import Plain, encode
 from tests.test_lossless import local
@@ -186,8 +186,9 @@ def test_a_text_may_fill_the_context(saved: Saved, name: str, tmp_path: Path) ->
     [
         (Case("falcon", IDS | {"hidden_size": 48, "num_attention_heads": 6, "alibi": True}), "sets alibi: attention"),
         (Case("gemma2", GROUPED | {"use_bidirectional_attention": True}), "sets use_bidirectional_attention: tokens"),
-        (Case("mixtral", GROUPED), "'mixtral', a mixture of experts"),
-        (Case("qwen3_moe", GROUPED), "'qwen3_moe', a mixture of experts"),
+        (Case("qwen3_moe", EXPERTS | {"mlp_only_layers": [1]}), "sets mlp_only_layers: some layers have no"),
+        (Case("qwen2_moe", EXPERTS | {"decoder_sparse_step": 2}), "sets decoder_sparse_step: some layers have no"),
+        (Case("mamba", {"hidden_size": 32}), "'mamba', which llmcad does not know; known architectures: falcon, gemma"),
     ],
 )
 def test_what_cannot_be_run_right_is_refused(case: Case, what: str, tmp_path: Path) -> None:

@@ -77,8 +77,17 @@ _LLAMA = Family(
     resident=("model.norm.weight",),
     layer_shapes=_llama,
 )
-_BIDIRECTIONAL = (("use_bidirectional_attention", "tokens see what comes after them"),)
+_BIDIRECTIONAL = (("use_bidirectional_attention", False, "tokens see what comes after them"),)
 _GEMMA = replace(_LLAMA, is_tied_by_default=True, head_dim_default=256, layer_shapes=None, refused=_BIDIRECTIONAL)
+_ALIKE = (
+    ("mlp_only_layers", [], "some layers have no experts"),
+    ("decoder_sparse_step", 1, "some layers have no experts"),
+)
+_EXPERTS = replace(
+    _LLAMA,
+    layer_shapes=None,
+    experts={"gate_up_proj": ("gate_proj.weight", "up_proj.weight"), "down_proj": ("down_proj.weight",)},
+)
 _GPT2 = Family(
     model_types=("gpt2",),
     layers="transformer.h",
@@ -119,6 +128,15 @@ FAMILIES = (
         keeps_scores=True,
     ),
     replace(_GEMMA, model_types=("gemma3_text",), windows="by_layer_type", softcap_key="final_logit_softcapping"),
+    replace(
+        _EXPERTS,
+        model_types=("mixtral",),
+        windows="all",
+        experts={"gate_up_proj": ("w1.weight", "w3.weight"), "down_proj": ("w2.weight",)},
+        block=("block_sparse_moe.", "mlp."),
+    ),
+    replace(_EXPERTS, model_types=("qwen2_moe",), windows="by_layer_type", refused=_ALIKE),
+    replace(_EXPERTS, model_types=("qwen3_moe",), windows="all", refused=_ALIKE),
     _GPT2,
     replace(
         _GPT2,
@@ -136,7 +154,9 @@ FAMILIES = (
         resident=("transformer.ln_f.weight", "transformer.ln_f.bias"),
         is_tied_by_default=True,
         num_kv_heads_of=_falcon_kv_heads,
-        refused=(("alibi", "attention biases by distance (ALiBi), which transformers cannot give to a token tree"),),
+        refused=(
+            ("alibi", False, "attention biases by distance (ALiBi), which transformers cannot give to a token tree"),
+        ),
     ),
     Family(
         model_types=("opt",),
@@ -155,7 +175,6 @@ FAMILIES = (
         resident=("gpt_neox.final_layer_norm.weight", "gpt_neox.final_layer_norm.bias"),
     ),
 )
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def family_of(config: Config) -> Family:
@@ -164,12 +183,6 @@ def family_of(config: Config) -> Family:
     Raises CheckpointError: an unknown architecture (naming the known ones), or one whose setting is not supported.
     """
     model_type = config.get("model_type")
-    if model_type in EXPERTS:
-        raise CheckpointError(
-            f"config.json says model_type {model_type!r}, a mixture of experts: its files hold every expert by "
-            "itself, transformers computes with all of them joined, and llmcad does not join them yet; use a dense "
-            "model."
-        )
     for family in FAMILIES:
         if model_type in family.model_types:
             _check_settings(family, config)
@@ -180,8 +193,8 @@ def family_of(config: Config) -> Family:
 
 
 def _check_settings(family: Family, config: Config) -> None:
-    for key, meaning in family.refused:
-        if config.get(key):
+    for key, ordinary, meaning in family.refused:
+        if config.get(key) not in (None, ordinary):
             raise CheckpointError(
                 f"config.json sets {key}: {meaning}; llmcad does not run such a {config['model_type']} model, "
                 "use another one."

@@ -5,7 +5,7 @@ prefix (GPT-2 with and without "transformer.") or, for the head, another name (G
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmcad_actors.errors import CheckpointError
@@ -37,7 +37,9 @@ class Family:
     windows: Literal["none", "all", "by_layer_type"] = "none"  # which layers a sliding window holds for
     softcap_key: str | None = None  # the head's logits are cap * tanh(logits / cap)
     keeps_scores: bool = False  # attention scores of all heads stand in memory at once
-    refused: tuple[tuple[str, str], ...] = ()  # (config key, what it means): refused when it is set
+    refused: tuple[tuple[str, object, str], ...] = ()  # (config key, the value that is run, what others mean)
+    experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # joined parameter -> an expert's tensors
+    block: tuple[str, str] | None = None  # what the file calls the experts' module, and what the model does
     layer_shapes: Callable[[Config], Shapes] | None = None  # leaf -> shape; None: all like layer 0
 
     def num_layers(self, config: Config) -> int:

@@ -20,6 +20,7 @@ from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError
 from llmcad_actors.messages import PassStats, Verdict
 from llmcad_actors.models.embedding import EmbeddingRows
+from llmcad_actors.models.experts import shapes_with_experts, with_experts
 from llmcad_actors.models.kv_cache import TreeCache
 from llmcad_actors.models.masks import Windows
 from llmcad_actors.models.skeleton import Slots, build_skeleton, stream_layers
@@ -96,7 +97,7 @@ class Target:
     def _layer_weights(self, index: int) -> Iterator[Mapping[str, torch.Tensor]]:
         spec = self.layout.layers[index]
         with self._leased(spec.name, spec.tensors, self.layout.leaf) as weights:
-            yield weights
+            yield with_experts(self.layout.family, weights)
 
     @contextmanager
     def _leased(
@@ -209,7 +210,8 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 def check_shapes(layer: torch.nn.Module, layout: Layout) -> None:
     """The checkpoint's first layer has exactly the parameters that the architecture's layer has."""
     expected = Slots(layer).shapes()
-    found = {layout.leaf(info.name): info.shape for info in layout.layers[0].tensors}
+    stored = {layout.leaf(info.name): info.shape for info in layout.layers[0].tensors}
+    found = shapes_with_experts(layout.family, stored)
     for name in sorted(expected.keys() | found.keys()):
         check_shape(f"layer 0: {name}", found.get(name), expected.get(name))
 
