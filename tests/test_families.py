@@ -62,16 +62,21 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saved]:
     yield Saved(tmp_path_factory.mktemp("families"))
 
 
+@cache
+def greedy(path: Path, ids: tuple[int, ...]) -> tuple[int, ...]:
+    """What transformers makes of a prompt."""
+    return Plain.of(path).greedy(ids, COUNT)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_output_is_greedy_generation_with_a_draft_of_the_family(saved: Saved, name: str) -> None:
     path = saved.target(name)
-    plain = Plain.of(path)
     engine = local(path, saved.noisy(name), max_nodes=12, fallback="adaptive")
     passes = tokens = 0
     for text in TEXTS:
         ids = encode(path, text)
         found, stats = engine.generate(ids, COUNT, provisional=False)
-        assert found == plain.greedy(ids, COUNT)
+        assert found == greedy(path, ids)
         passes, tokens = passes + stats.target_passes, tokens + len(found)
     assert tokens == len(TEXTS) * COUNT
     assert tokens > 1.3 * passes or "equal logits" in name  # there the draft cannot know which is the first
@@ -80,11 +85,10 @@ def test_the_output_is_greedy_generation_with_a_draft_of_the_family(saved: Saved
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_so_it_is_with_a_random_draft_of_another_family(saved: Saved, name: str) -> None:
     path = saved.target(name)
-    plain = Plain.of(path)
-    engine = local(path, saved.llama(), max_nodes=6, fallback="fixed-tree", widths=(2, 2))
+    engine = local(path, saved.llama(), max_nodes=3, fallback="fixed-tree", widths=(3,))
     for text in TEXTS:
         ids = encode(path, text)
-        assert engine.generate(ids, COUNT, provisional=False)[0] == plain.greedy(ids, COUNT)
+        assert engine.generate(ids, COUNT, provisional=False)[0] == greedy(path, ids)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -215,7 +219,7 @@ def local_ray() -> Iterator[None]:
     local.close()
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["gemma2", "mixtral"])
 def test_streamed_by_real_actors_the_output_is_the_same(saved: Saved, local_ray: None, name: str) -> None:
     path = saved.target(name)
     prepared = job(path, saved.noisy(name), max_nodes=8, fallback="adaptive", dtype="float32")
@@ -223,5 +227,5 @@ def test_streamed_by_real_actors_the_output_is_the_same(saved: Saved, local_ray:
     with Engine.start(prepared) as engine:
         for text in TEXTS:
             result = engine.generate(text, max_new_tokens=COUNT)
-            assert result.token_ids == Plain.of(path).greedy(encode(path, text), COUNT)
+            assert result.token_ids == greedy(path, encode(path, text))
         assert engine.stats.spilled_bytes == 0

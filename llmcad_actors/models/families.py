@@ -79,7 +79,7 @@ _LLAMA = Family(
 )
 _BIDIRECTIONAL = (("use_bidirectional_attention", False, "tokens see what comes after them"),)
 _GEMMA = replace(_LLAMA, is_tied_by_default=True, head_dim_default=256, layer_shapes=None, refused=_BIDIRECTIONAL)
-_ALIKE = (
+_ALIKE: tuple[tuple[str, object, str], ...] = (
     ("mlp_only_layers", [], "some layers have no experts"),
     ("decoder_sparse_step", 1, "some layers have no experts"),
 )
