@@ -144,7 +144,7 @@ class Prepared:
             dtype=config.dtype,
             threads=config.draft_threads or (1 if small else cores()),
             vocab=self.layout.embedding.shape[0],
-            context=min(self.context, context_of(self.draft.config)),
+            context=min(self.context - 1, context_of(self.draft.config)),  # its last row proposes one more
             slots=DRAFT_SLOTS,
             builder="fixed" if config.fallback in ("fixed-depth", "fixed-tree") else config.builder,
             max_nodes=config.max_nodes,
@@ -206,36 +206,29 @@ def draft_cache_bytes(draft: Checkpoint, config: EngineConfig, context: int) -> 
 
 def kv_bytes(config: Mapping[str, Any], rows: int, width: int) -> int:
     """Keys and values of `rows` tokens in all layers."""
-    heads = int(config.get("num_key_value_heads") or num_heads(config))
-    return 2 * family_of(config).num_layers(config) * heads * head_width(config) * rows * width
+    family = family_of(config)
+    return 2 * family.num_layers(config) * family.num_kv_heads(config) * family.head_dim(config) * rows * width
 
 
 def activation_bytes(
     prepared: Layout, config: Mapping[str, Any], rows: int, context: int, nodes: int, width: int
 ) -> int:
     """The widest moment of a pass over `rows` rows: a layer's intermediate states and the mask, or the logits."""
-    hidden = prepared.embedding.shape[1]
-    widest = max(tensor.shape[0] for tensor in prepared.layers[0].tensors)
+    family, hidden = prepared.family, prepared.embedding.shape[1]
+    widest = max(max(tensor.shape) for tensor in prepared.layers[0].tensors)
     states = rows * (4 * hidden + 3 * widest) * width
-    mask = rows * (context + rows) * (width + 1)
+    if family.experts:  # the joined tensors of one
+        states += 2 * max(tensor.nbytes for tensor in prepared.layers[0].tensors)
+    mask = rows * (context + rows) * (width + 1) * (1 if family.windows == "none" else 2)
+    if family.keeps_scores:
+        mask += family.num_heads(config) * rows * (context + rows) * (4 + 2 * width)
     logits = (nodes + 1) * max(spec.tensors[0].shape[0] for spec in prepared.head) * (4 + width)
     return max(states, logits) + mask
 
 
 def context_of(config: Mapping[str, Any]) -> int:
     """Tokens that the model was made for."""
-    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
-        if isinstance(config.get(key), int):
-            return int(config[key])
-    return DEFAULT_CONTEXT
-
-
-def num_heads(config: Mapping[str, Any]) -> int:
-    return int(config.get("num_attention_heads") or config["n_head"])
-
-
-def head_width(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or (config.get("hidden_size") or config["n_embd"]) // num_heads(config))
+    return family_of(config).context(config)
 
 
 def stored_bytes(checkpoint: Checkpoint) -> int:

@@ -20,6 +20,8 @@ from llmcad_actors.core.growth import TreeBuilder
 from llmcad_actors.core.trace import Recorder
 from llmcad_actors.messages import Grown, Submission, Verdict
 from llmcad_actors.models.kv_cache import TreeCache
+from llmcad_actors.models.masks import Windows
+from llmcad_actors.models.softcap import soft_capped, softcap_of
 from llmcad_actors.models.target import common_prefix
 
 
@@ -39,6 +41,8 @@ class DraftModel:
         self._children = min(children, self._vocab)
         self._mask_dtype = dtype
         self.cache = TreeCache(self._model.config.get_text_config().num_hidden_layers, context + slots)
+        self._positions = np.zeros(context + slots, dtype=np.int64)  # of the cache's rows
+        self._windows, self._softcap = Windows.of(self._model.config), softcap_of(self._model.config)
         self._hidden_value = torch.finfo(dtype).min
         self._ancestors = torch.full((slots, slots), self._hidden_value, dtype=dtype)
 
@@ -72,15 +76,20 @@ class DraftModel:
     def keep(self, committed: int, slots: np.ndarray, new_committed: int) -> None:
         """Keep the first `committed` rows and then `slots` (ascending); the leading ones join the prefix."""
         self.cache.keep(committed, (committed + slots).tolist())
+        self._positions[committed : committed + len(slots)] = self._positions[committed + slots]
         tree = torch.from_numpy(slots[new_committed - committed :])
         if len(tree):
             self._ancestors[: len(tree), : len(tree)] = self._ancestors[tree][:, tree]
 
-    def _forward(self, tokens: Sequence[int] | np.ndarray, positions: object, mask: torch.Tensor) -> torch.Tensor:
+    def _forward(
+        self, tokens: Sequence[int] | np.ndarray, positions: Sequence[int] | np.ndarray, mask: torch.Tensor
+    ) -> torch.Tensor:
+        start, end = self.cache.length, self.cache.length + len(tokens)
+        self._positions[start:end] = positions
         output = self._base(
             input_ids=torch.as_tensor(np.asarray(tokens, dtype=np.int64))[None],
-            attention_mask=mask[None, None],
-            position_ids=torch.as_tensor(np.asarray(positions, dtype=np.int64))[None],
+            attention_mask=self._windows.masks(mask[None, None], self._positions[start:end], self._positions[:end]),
+            position_ids=torch.from_numpy(self._positions[start:end])[None],
             past_key_values=self.cache,
             use_cache=True,
         )
@@ -88,7 +97,7 @@ class DraftModel:
         return hidden
 
     def _candidates(self, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        logits = self._head(hidden)[:, : self._vocab].float()
+        logits = soft_capped(self._head(hidden)[:, : self._vocab], self._softcap).float()
         values, tokens = logits.topk(self._children, dim=-1)
         return tokens.numpy(), (values - logits.logsumexp(dim=-1, keepdim=True)).numpy()
 

@@ -1,61 +1,15 @@
 """Architectures as data: what tensors are called, and what shapes the config says they have.
 
-A new family is one more row of `FAMILIES`. No torch here: config.json and tensor names decide everything.
-Names are those of transformers' ForCausalLM parameters; a file may store the same tensors under another
-prefix (GPT-2 with and without "transformer.") or, for the head, another name (GPT-NeoX's "embed_out.weight").
+A new family is one more row of `FAMILIES`, and a case in tests/test_families.py. No torch here: config.json and
+tensor names decide everything.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 from llmcad_actors.errors import CheckpointError
+from llmcad_actors.models.family import Config, Family, Shapes, need
 
-Config = Mapping[str, Any]
-Shapes = dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """One architecture's names. Sizes are read through the config keys named here."""
-
-    model_types: tuple[str, ...]  # config.json's "model_type"
-    layers: str  # prefix of the decoder layers: "model.layers"
-    embedding: str  # "model.embed_tokens.weight"
-    head: str = "lm_head.weight"  # absent from the file when tied: the embedding is the head
-    head_aliases: tuple[str, ...] = ()  # other names files store the head under
-    base: str = "model."  # leading part of the names above that some files replace ...
-    base_aliases: tuple[str, ...] = ("",)  # ... by one of these
-    resident: tuple[str, ...] = ()  # parameters outside layers, embedding and head that must be there
-    is_tied_by_default: bool = False  # transformers' default when config.json does not say
-    num_layers_key: str = "num_hidden_layers"
-    hidden_keys: tuple[str, ...] = ("hidden_size",)  # width of embedding and head: the first key present
-    layer_shapes: Callable[[Config], Shapes] | None = None  # leaf -> shape; None: all like layer 0
-
-    def num_layers(self, config: Config) -> int:
-        return need(config, self.num_layers_key)
-
-    def embedding_shape(self, config: Config) -> tuple[int, int]:
-        """[vocab, width]; the head has the same shape."""
-        width = next((key for key in self.hidden_keys if config.get(key) is not None), self.hidden_keys[-1])
-        return need(config, "vocab_size"), need(config, width)
-
-    def is_tied(self, config: Config) -> bool:
-        return bool(config.get("tie_word_embeddings", self.is_tied_by_default))
-
-    def stored_base(self, names: Iterable[str]) -> str:
-        """What stands for `base` in a file that holds these tensor names."""
-        names = set(names)
-        tail = self.embedding.removeprefix(self.base)
-        return next((b for b in (self.base, *self.base_aliases) if b + tail in names), self.base)
-
-
-def need(config: Config, key: str) -> int:
-    """A positive whole number of config.json, or a CheckpointError that names the key."""
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise CheckpointError(f"config.json: {key} must be a positive whole number, found {value!r}.")
-    return value
+__all__ = ["FAMILIES", "Config", "Family", "Shapes", "family_of", "need"]
 
 
 def head_dim_of(config: Config, default: int | None = None) -> int:
@@ -109,30 +63,100 @@ def _qwen3(config: Config) -> Shapes:
     return norms | (_with_biases(shapes, *_ATTENTION) if config.get("attention_bias") else shapes)
 
 
-def _llama_like(model_type: str, layer_shapes: Callable[[Config], Shapes]) -> Family:
-    return Family(
-        model_types=(model_type,),
-        layers="model.layers",
-        embedding="model.embed_tokens.weight",
-        resident=("model.norm.weight",),
-        layer_shapes=layer_shapes,
-    )
+def _falcon_kv_heads(config: Config) -> int:
+    """The new architecture (40B) repeats keys for all heads before they are cached; the old one has one head."""
+    if config.get("new_decoder_architecture") or not config.get("multi_query", True):
+        return need(config, "num_attention_heads")
+    return 1
 
+
+_LLAMA = Family(
+    model_types=("llama",),
+    layers="model.layers",
+    embedding="model.embed_tokens.weight",
+    resident=("model.norm.weight",),
+    layer_shapes=_llama,
+)
+_BIDIRECTIONAL = (("use_bidirectional_attention", False, "tokens see what comes after them"),)
+_GEMMA = replace(_LLAMA, is_tied_by_default=True, head_dim_default=256, layer_shapes=None, refused=_BIDIRECTIONAL)
+_ALIKE: tuple[tuple[str, object, str], ...] = (
+    ("mlp_only_layers", [], "some layers have no experts"),
+    ("decoder_sparse_step", 1, "some layers have no experts"),
+)
+_EXPERTS = replace(
+    _LLAMA,
+    layer_shapes=None,
+    experts={"gate_up_proj": ("gate_proj.weight", "up_proj.weight"), "down_proj": ("down_proj.weight",)},
+)
+_GPT2 = Family(
+    model_types=("gpt2",),
+    layers="transformer.h",
+    embedding="transformer.wte.weight",
+    base="transformer.",
+    resident=("transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"),
+    is_tied_by_default=True,
+    num_layers_key="n_layer",
+    num_heads_key="n_head",
+    num_kv_heads_of=lambda config: need(config, "n_head"),
+    hidden_keys=("n_embd",),
+    context_key="n_positions",
+    context_default=1024,
+)
 
 FAMILIES = (
-    _llama_like("llama", _llama),
-    _llama_like("mistral", _llama_layer),
-    _llama_like("qwen2", _qwen2),
-    _llama_like("qwen3", _qwen3),
+    _LLAMA,
+    replace(_LLAMA, model_types=("mistral",), windows="all", layer_shapes=_llama_layer),
+    replace(_LLAMA, model_types=("qwen2",), windows="by_layer_type", layer_shapes=_qwen2),
+    replace(_LLAMA, model_types=("qwen3",), windows="by_layer_type", layer_shapes=_qwen3, head_dim_default=128),
+    replace(_LLAMA, model_types=("smollm3",), windows="by_layer_type", is_tied_by_default=True),
+    replace(_LLAMA, model_types=("olmo2",), layer_shapes=None),
+    replace(_LLAMA, model_types=("olmo3",), layer_shapes=None, windows="by_layer_type"),
+    replace(_LLAMA, model_types=("phi3",), layer_shapes=None, windows="all", context_default=4096),
+    replace(_LLAMA, model_types=("stablelm",), layer_shapes=None, resident=("model.norm.weight", "model.norm.bias")),
+    replace(
+        _LLAMA,
+        model_types=("phi",),
+        layer_shapes=None,
+        resident=("model.final_layernorm.weight", "model.final_layernorm.bias"),
+    ),
+    replace(_GEMMA, model_types=("gemma",)),
+    replace(
+        _GEMMA,
+        model_types=("gemma2",),
+        windows="by_layer_type",
+        softcap_key="final_logit_softcapping",
+        keeps_scores=True,
+    ),
+    replace(_GEMMA, model_types=("gemma3_text",), windows="by_layer_type", softcap_key="final_logit_softcapping"),
+    replace(
+        _EXPERTS,
+        model_types=("mixtral",),
+        windows="all",
+        experts={"gate_up_proj": ("w1.weight", "w3.weight"), "down_proj": ("w2.weight",)},
+        block=("block_sparse_moe.", "mlp."),
+    ),
+    replace(_EXPERTS, model_types=("qwen2_moe",), windows="by_layer_type", refused=_ALIKE),
+    replace(_EXPERTS, model_types=("qwen3_moe",), windows="all", refused=_ALIKE),
+    _GPT2,
+    replace(
+        _GPT2,
+        model_types=("gptj",),
+        resident=("transformer.ln_f.weight", "transformer.ln_f.bias"),
+        is_tied_by_default=False,
+        context_default=2048,
+        keeps_scores=True,
+    ),
     Family(
-        model_types=("gpt2",),
+        model_types=("falcon",),
         layers="transformer.h",
-        embedding="transformer.wte.weight",
+        embedding="transformer.word_embeddings.weight",
         base="transformer.",
-        resident=("transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"),
+        resident=("transformer.ln_f.weight", "transformer.ln_f.bias"),
         is_tied_by_default=True,
-        num_layers_key="n_layer",
-        hidden_keys=("n_embd",),
+        num_kv_heads_of=_falcon_kv_heads,
+        refused=(
+            ("alibi", False, "attention biases by distance (ALiBi), which transformers cannot give to a token tree"),
+        ),
     ),
     Family(
         model_types=("opt",),
@@ -154,11 +178,24 @@ FAMILIES = (
 
 
 def family_of(config: Config) -> Family:
-    """The row for config.json's model_type. Raises CheckpointError naming the known architectures."""
+    """The row for config.json's model_type.
+
+    Raises CheckpointError: an unknown architecture (naming the known ones), or one whose setting is not supported.
+    """
     model_type = config.get("model_type")
     for family in FAMILIES:
         if model_type in family.model_types:
+            _check_settings(family, config)
             return family
     known = ", ".join(sorted(t for f in FAMILIES for t in f.model_types))
     said = "has no model_type" if model_type is None else f"says model_type {model_type!r}"
     raise CheckpointError(f"config.json {said}, which llmcad does not know; known architectures: {known}.")
+
+
+def _check_settings(family: Family, config: Config) -> None:
+    for key, ordinary, meaning in family.refused:
+        if config.get(key) not in (None, ordinary):
+            raise CheckpointError(
+                f"config.json sets {key}: {meaning}; llmcad does not run such a {config['model_type']} model, "
+                "use another one."
+            )

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llmcad_actors.models.families import family_of
+
 
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
@@ -34,6 +36,8 @@ def parameters_on_meta() -> Iterator[None]:
 def build_skeleton(path: Path, dtype: torch.dtype) -> nn.Module:
     """The model of the checkpoint at `path`, in eval mode, computing in `dtype`, holding no weights."""
     config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if family_of(config.to_dict()).experts:
+        config._experts_implementation = "eager"  # asks for one expert after the other: models/experts.py
     with parameters_on_meta():
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval()

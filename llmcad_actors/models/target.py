@@ -20,8 +20,11 @@ from llmcad_actors.errors import CheckpointError
 from llmcad_actors.messages import PassStats, Verdict
 from llmcad_actors.models import linear
 from llmcad_actors.models.embedding import EmbeddingRows
+from llmcad_actors.models.experts import shapes_with_experts, with_experts
 from llmcad_actors.models.kv_cache import TreeCache
+from llmcad_actors.models.masks import Windows
 from llmcad_actors.models.skeleton import Slots, build_skeleton, stream_layers
+from llmcad_actors.models.softcap import soft_capped, softcap_of
 from llmcad_actors.models.tensors import DTYPES, as_tensor
 from llmcad_actors.ports import ShardSource
 from llmcad_actors.storage.checkpoint import Checkpoint, TensorInfo
@@ -63,7 +66,9 @@ class Target:
         self._linear = linear.chosen(DTYPES[checkpoint.dtype], dtype)
         self._as_stored = linear.install(layers, self._linear)
         stream_layers(layers, self._layer_weights)
+        self._windows, self._softcap = Windows.of(model.config), softcap_of(model.config)
         self._embedding = self._base.get_input_embeddings()
+        self._embedding.padding_idx = None  # ids are local to a pass
         self._embedding_slots = Slots(self._embedding)
         self._rows = EmbeddingRows(layout.embedding, dtype)
         self._head_bias = self._load_resident()
@@ -75,14 +80,19 @@ class Target:
     def _load_resident(self) -> torch.Tensor | None:
         """Fill what is neither a layer nor the embedding nor the head; returns the head's bias, if there is one."""
         slots, bias = Slots(self._model), None
-        names = slots.shapes()
+        names, filled = slots.shapes(), {self.layout.family.embedding, self.layout.family.head}
         for info in self.layout.resident:
             name = self.layout.parameter(info.name)
+            filled.add(name)
             tensor = as_tensor(read_bytes(info), info.dtype, info.shape).to(self.dtype, copy=True)
             if name == self.layout.family.head.replace("weight", "bias"):
                 bias = tensor
             elif name in names:
+                check_shape(name, info.shape, names[name])
                 slots.fill({name: tensor})
+        for name in names.keys() - filled:
+            if not name.startswith(f"{self.layout.family.layers}."):
+                check_shape(name, None, names[name])
         return bias
 
     @contextmanager
@@ -91,7 +101,7 @@ class Target:
         with self._leased(spec.name, spec.tensors, self.layout.leaf) as weights:
             for name in weights.keys() - self._as_stored:
                 weights[name] = weights[name].to(self.dtype)
-            yield weights
+            yield with_experts(self.layout.family, weights)
 
     @contextmanager
     def _leased(
@@ -147,7 +157,11 @@ class Target:
         with self._embedding_slots.borrowed({"weight": weights}):
             output = self._base(
                 input_ids=local[None],
-                attention_mask=self._mask(len(pending), tree, padding),
+                attention_mask=self._windows.masks(
+                    self._mask(len(pending), tree, padding),
+                    positions,
+                    np.concatenate([np.arange(self._cache.length), positions]),
+                ),
                 position_ids=torch.from_numpy(positions)[None],
                 past_key_values=self._cache,
                 use_cache=True,
@@ -176,7 +190,9 @@ class Target:
             with self._leased(spec.name, spec.tensors) as tensors:
                 rows = slice(spec.row_start, spec.row_start + spec.tensors[0].shape[0])
                 bias = None if self._head_bias is None else self._head_bias[rows]
-                value, index = self._linear(hidden, tensors[spec.tensors[0].name], bias).float().max(dim=-1)
+                logits = soft_capped(self._linear(hidden, tensors[spec.tensors[0].name], bias), self._softcap)
+                value, index = logits.float().max(dim=-1)
+                del logits
             better = value > best
             best[better], choice[better] = value[better], index[better] + spec.row_start
         return choice.numpy()
@@ -198,10 +214,16 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 def check_shapes(layer: torch.nn.Module, layout: Layout) -> None:
     """The checkpoint's first layer has exactly the parameters that the architecture's layer has."""
     expected = Slots(layer).shapes()
-    found = {layout.leaf(info.name): info.shape for info in layout.layers[0].tensors}
+    stored = {layout.leaf(info.name): info.shape for info in layout.layers[0].tensors}
+    found = shapes_with_experts(layout.family, stored)
     for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise CheckpointError(
-                f"layer 0: {name} is {found.get(name, 'missing')} in the checkpoint, the architecture has "
-                f"{expected.get(name, 'no such tensor')}; config.json and the weights do not belong together"
-            )
+        check_shape(f"layer 0: {name}", found.get(name), expected.get(name))
+
+
+def check_shape(name: str, found: tuple[int, ...] | None, expected: tuple[int, ...] | None) -> None:
+    """Raises CheckpointError unless the checkpoint has what the architecture has."""
+    if found != expected:
+        raise CheckpointError(
+            f"{name} is {found or 'missing'} in the checkpoint, the architecture has {expected or 'no such tensor'}; "
+            "config.json and the weights do not belong together"
+        )

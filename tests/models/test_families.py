@@ -8,6 +8,7 @@ import transformers
 
 from llmcad_actors.errors import CheckpointError
 from llmcad_actors.models.families import FAMILIES, family_of
+from tests.family_cases import CASES as TINY
 
 SMALL: dict[str, Any] = {
     "vocab_size": 50,
@@ -37,6 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {k: v for k, v in SMALL.items() if "key_value" not in k} | {"ffn_dim": 48, "word_embed_proj_dim": 16},
     ),
     "gpt_neox": ("gpt_neox", {k: v for k, v in SMALL.items() if "key_value" not in k}),
+    **{f"tiny {name}": (case.model_type, case.fields) for name, case in TINY.items()},
 }
 
 
@@ -73,7 +75,7 @@ def test_each_architecture_is_in_one_row_only() -> None:
 
 
 def test_an_unknown_architecture_names_the_known_ones() -> None:
-    with pytest.raises(CheckpointError, match=r"says model_type 'mamba'.*known architectures: gpt2, gpt_neox, llama"):
+    with pytest.raises(CheckpointError, match=r"says model_type 'mamba'.*known architectures: falcon, gemma, gemma2"):
         family_of({"model_type": "mamba"})
     with pytest.raises(CheckpointError, match="has no model_type"):
         family_of({})
