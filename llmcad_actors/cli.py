@@ -128,7 +128,7 @@ def job_from_options(
         settings.setdefault("memory", DEMO_MEMORY)
     if settings["draft"] in ("", "none"):
         settings["draft"] = None
-    return prepare(EngineConfig(**settings))
+    return _prepared(EngineConfig(**settings))
 
 
 def parse_widths(text: str) -> tuple[int, ...]:
@@ -188,7 +188,7 @@ def demo(
     """Run the bundled model, enlarged beyond the memory cap, with speculation and without, and compare."""
     check_writable(trace)
     path = _demo_target(parse_size(size, 1))
-    job = prepare(EngineConfig(target=str(path), draft=str(bundled_draft()), memory=memory))
+    job = _prepared(EngineConfig(target=str(path), draft=str(bundled_draft()), memory=memory))
     with StatusLine(screen) as line, Engine.start(job, say=line.say, count_caller=True) as engine:
         fast = _stream(engine, line, prompt, show=not as_json, max_new_tokens=max_new_tokens, trace=trace)
         line.say(f"the same without speculation, {plain_tokens} tokens")
@@ -217,6 +217,14 @@ def show_trace(
         Console().print(token_tree(trace, tree))
     if (out, png, tree) == (None, None, None):
         Console().print(summary_table(trace))
+
+
+def _prepared(config: EngineConfig) -> Prepared:
+    """`prepare`, with its notices on standard error."""
+    job = prepare(config)
+    for notice in job.notices:
+        screen.print(f"llmcad: {notice}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    return job
 
 
 def _demo_target(size_bytes: int) -> Path:
