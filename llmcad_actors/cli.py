@@ -11,6 +11,7 @@ from typing import Annotated, Any, ParamSpec
 import typer
 from rich.console import Console
 from rich.progress import Progress as RichProgress
+from rich.progress import TaskID
 from rich.table import Table
 
 from llmcad_actors.bundled import DEMO, DEMO_BYTES, bundled_draft, demo_target
@@ -197,6 +198,39 @@ def demo(
         print(json.dumps(_demo_report(fast, plain, job)))
     else:
         Console().print(_demo_table(fast, plain, job))
+
+
+@app.command()
+@reports_errors
+def doctor(
+    path: Annotated[
+        Path | None, typer.Option(help="A checkpoint, whose files are read, or a folder to test; default: the cache.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure less: seconds instead of a minute.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine, and measure its disk and cores. Exit code 1: something stops llmcad from running."""
+    from llmcad_actors.doctor import examine
+    from llmcad_actors.doctor_views import tables
+
+    with RichProgress(console=screen, transient=True) as bar:
+        bars: dict[str, TaskID] = {}
+
+        def say(what: str, share: float | None) -> None:  # without a share the bar only pulses
+            for old in bars.keys() - {what}:
+                bar.remove_task(bars.pop(old))
+            if what not in bars:
+                bars[what] = bar.add_task(what, total=None if share is None else 1.0)
+            bar.update(bars[what], completed=share)
+
+        report = examine(path, quick=quick, say=say)
+    if as_json:
+        print(json.dumps(report.as_dict()))
+    else:
+        for table in tables(report):
+            Console().print(table)
+    if not report.is_fit:
+        raise typer.Exit(1)
 
 
 @app.command("trace")
