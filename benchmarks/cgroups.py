@@ -1,5 +1,6 @@
 """A memory cgroup of our own (v1 or v2): run a command under a hard cap, read its peak. As a rule it needs root."""
 
+import mmap
 import os
 import signal
 import time
@@ -52,7 +53,8 @@ def memory_cgroup(limit_bytes: int | None = None, root: Path = ROOT) -> Iterator
     cgroup = MemoryCgroup(folder)
     try:
         if limit_bytes is not None:
-            (folder / ("memory.max" if is_v2 else "memory.limit_in_bytes")).write_text(str(limit_bytes))
+            whole_pages = -(-limit_bytes // mmap.PAGESIZE) * mmap.PAGESIZE  # the kernel rounds down
+            (folder / ("memory.max" if is_v2 else "memory.limit_in_bytes")).write_text(str(whole_pages))
             with suppress(OSError):  # a kernel without swap accounting has no such file
                 (folder / "memory.swap.max").write_text("0") if is_v2 else None
         yield cgroup

@@ -108,10 +108,17 @@ def _unused(files: Sequence[Path], processes: Sequence[psutil.Process]) -> list[
     used: set[str] = set()
     for process in processes:
         with suppress(OSError):
-            used |= {os.readlink(entry) for entry in Path(f"/proc/{process.pid}/fd").iterdir()}
-        with suppress(OSError):
+            used |= {_target(entry) for entry in Path(f"/proc/{process.pid}/fd").iterdir()}
             used |= {line.split()[-1] for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()}
     return [file for file in files if str(file) not in used]
+
+
+def _target(link: Path) -> str:
+    """Empty once the link is gone."""
+    try:
+        return os.readlink(link)
+    except OSError:
+        return ""
 
 
 def _command_line(process: psutil.Process) -> str:
