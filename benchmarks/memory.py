@@ -8,6 +8,7 @@ included, so it comes close to the cap by nature; what it shows is that nothing 
 """
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -153,6 +154,7 @@ def main(
     png: Annotated[Path | None, typer.Option(help="Draw seconds against the cap.")] = None,
 ) -> None:
     """Sweep the memory cap; prints a JSON line for each, and tables."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the cgroup goes, with what is in it
     model, small = model_paths(target, draft)
     paths = (str(model), NO_DRAFT if draft == NO_DRAFT else str(small))
     try:

@@ -41,7 +41,7 @@ def measure_compute(
             flops[dtype] = {}
             for n in rows:
                 states = torch.randn(n, matrix[1]).to(kind)
-                took = median_seconds(partial(_multiply, states, weights), seconds)
+                took = median_seconds(partial(_multiply, linear_layer(kind), states, weights), seconds)
                 flops[dtype][n] = 2 * n * matrix[0] * matrix[1] / took
             del weights
         source, target = torch.ones(2, COPY_BYTES, dtype=torch.uint8)
@@ -49,8 +49,16 @@ def measure_compute(
     return ComputeFigures(threads, matrix, flops, COPY_BYTES / copying)
 
 
-def _multiply(states: Any, weights: Sequence[Any], run: int) -> Any:
-    return states @ weights[run % len(weights)].T  # as a linear layer does
+def linear_layer(kind: Any) -> Callable[[Any, Any], Any]:
+    """How the verifier multiplies rows and weights of this torch type."""
+    import torch
+
+    multiply: Callable[[Any, Any], Any] = torch.nn.functional.linear
+    return multiply
+
+
+def _multiply(how: Callable[[Any, Any], Any], states: Any, weights: Sequence[Any], run: int) -> Any:
+    return how(states, weights[run % len(weights)])
 
 
 def median_seconds(work: Callable[[int], object], seconds: float) -> float:

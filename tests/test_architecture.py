@@ -25,6 +25,8 @@ STAYS_WITHOUT = {
     "llmcad_actors.loop": ("torch", "transformers", "ray"),
     "llmcad_actors.config": ("torch", "transformers", "ray"),
     "llmcad_actors.planning": ("torch", "transformers", "ray"),
+    "llmcad_actors.doctor": ("torch", "transformers", "ray"),
+    "llmcad_actors.doctor_figures": ("torch", "transformers", "ray"),
     "llmcad_actors.storage.reader": ("torch", "transformers", "ray"),
     "llmcad_actors.storage.layout": ("torch", "transformers", "ray"),
     # Each of these processes would take 250 MB more with torch.
