@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import psutil
 
 from llmcad_actors.bundled import DEMO, bundled_draft, bundled_target, demo_target
+from llmcad_actors.doctor_figures import cpu_model
 
 HERE = Path(__file__).parent
 PROMPTS = HERE / "prompts_python.jsonl"
@@ -68,7 +68,7 @@ def emit(line: Mapping[str, Any], out: Path | None = None) -> None:
 
 
 def machine() -> dict[str, Any]:
-    return {"cpu": _cpu_model(), "cores": os.cpu_count(), "ram_bytes": psutil.virtual_memory().total}
+    return {"cpu": cpu_model(), "cores": os.cpu_count(), "ram_bytes": psutil.virtual_memory().total}
 
 
 def commit() -> str:
@@ -91,14 +91,6 @@ def model_paths(target: str, draft: str | None = None) -> tuple[Path, Path]:
     paths = {DEMO: demo_target, BUNDLED: bundled_target}
     path = paths[target]() if target in paths else Path(target)
     return path, Path(draft) if draft else bundled_draft()
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _git(*words: str) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ParamSpec
 import typer
 from rich.console import Console
 from rich.progress import Progress as RichProgress
+from rich.progress import TaskID
 from rich.table import Table
 
 from llmcad_actors.bundled import DEMO, DEMO_BYTES, bundled_draft, demo_target
@@ -128,7 +129,7 @@ def job_from_options(
         settings.setdefault("memory", DEMO_MEMORY)
     if settings["draft"] in ("", "none"):
         settings["draft"] = None
-    return prepare(EngineConfig(**settings))
+    return _prepared(EngineConfig(**settings))
 
 
 def parse_widths(text: str) -> tuple[int, ...]:
@@ -188,7 +189,7 @@ def demo(
     """Run the bundled model, enlarged beyond the memory cap, with speculation and without, and compare."""
     check_writable(trace)
     path = _demo_target(parse_size(size, 1))
-    job = prepare(EngineConfig(target=str(path), draft=str(bundled_draft()), memory=memory))
+    job = _prepared(EngineConfig(target=str(path), draft=str(bundled_draft()), memory=memory))
     with StatusLine(screen) as line, Engine.start(job, say=line.say, count_caller=True) as engine:
         fast = _stream(engine, line, prompt, show=not as_json, max_new_tokens=max_new_tokens, trace=trace)
         line.say(f"the same without speculation, {plain_tokens} tokens")
@@ -197,6 +198,39 @@ def demo(
         print(json.dumps(_demo_report(fast, plain, job)))
     else:
         Console().print(_demo_table(fast, plain, job))
+
+
+@app.command()
+@reports_errors
+def doctor(
+    path: Annotated[
+        Path | None, typer.Option(help="A checkpoint, whose files are read, or a folder to test; default: the cache.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure less: seconds instead of a minute.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine, and measure its disk and cores. Exit code 1: something stops llmcad from running."""
+    from llmcad_actors.doctor import examine
+    from llmcad_actors.doctor_views import tables
+
+    with RichProgress(console=screen, transient=True) as bar:
+        bars: dict[str, TaskID] = {}
+
+        def say(what: str, share: float | None) -> None:  # without a share the bar only pulses
+            for old in bars.keys() - {what}:
+                bar.remove_task(bars.pop(old))
+            if what not in bars:
+                bars[what] = bar.add_task(what, total=None if share is None else 1.0)
+            bar.update(bars[what], completed=share)
+
+        report = examine(path, quick=quick, say=say)
+    if as_json:
+        print(json.dumps(report.as_dict()))
+    else:
+        for table in tables(report):
+            Console().print(table)
+    if not report.is_fit:
+        raise typer.Exit(1)
 
 
 @app.command("trace")
@@ -217,6 +251,14 @@ def show_trace(
         Console().print(token_tree(trace, tree))
     if (out, png, tree) == (None, None, None):
         Console().print(summary_table(trace))
+
+
+def _prepared(config: EngineConfig) -> Prepared:
+    """`prepare`, with its notices on standard error."""
+    job = prepare(config)
+    for notice in job.notices:
+        screen.print(f"llmcad: {notice}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    return job
 
 
 def _demo_target(size_bytes: int) -> Path:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from llmcad_actors.config import DraftSpec, EngineConfig, LoaderSpec, VerifierSpec
 from llmcad_actors.core.budget import (
     EMBEDDING_CACHE_BYTES,
@@ -28,6 +26,7 @@ from llmcad_actors.core.fallback import (
     TokenConfidence,
 )
 from llmcad_actors.errors import ConfigError
+from llmcad_actors.limits import memory_limit, within
 from llmcad_actors.models.families import family_of
 from llmcad_actors.models.tokenizer import check_same_vocabulary
 from llmcad_actors.storage.checkpoint import Checkpoint
@@ -62,6 +61,7 @@ class Prepared:
     draft: Checkpoint | None
     memory: MemoryPlan
     context: int  # tokens of prompt and output together
+    notices: tuple[str, ...] = ()  # what the user should know: settings that were changed
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -168,9 +168,10 @@ def prepare(config: EngineConfig) -> Prepared:
         raise ConfigError(
             f"max_context: {context} is more than the target's context of {context_of(target.config)} tokens"
         )
-    cap = parse_size(config.memory, psutil.virtual_memory().total)
+    limit = memory_limit()
+    cap, notices = within(parse_size(config.memory, limit.limit_bytes), limit)
     memory = plan(budget_inputs(config, target, layout, draft, context), cap)
-    return Prepared(config, target, layout, draft, memory, context)
+    return Prepared(config, target, layout, draft, memory, context, notices)
 
 
 def budget_inputs(

@@ -19,11 +19,14 @@ HEAVY = ("torch", "transformers", "ray", "tokenizers", "msgpack", "psutil", "yam
 STAYS_WITHOUT = {
     "llmcad_actors": HEAVY,
     "llmcad_actors.errors": HEAVY,
+    "llmcad_actors.limits": HEAVY,
     "llmcad_actors.ports": ("torch", "transformers", "ray"),
     "llmcad_actors.messages": ("torch", "transformers", "ray"),
     "llmcad_actors.loop": ("torch", "transformers", "ray"),
     "llmcad_actors.config": ("torch", "transformers", "ray"),
     "llmcad_actors.planning": ("torch", "transformers", "ray"),
+    "llmcad_actors.doctor": ("torch", "transformers", "ray"),
+    "llmcad_actors.doctor_figures": ("torch", "transformers", "ray"),
     "llmcad_actors.storage.reader": ("torch", "transformers", "ray"),
     "llmcad_actors.storage.layout": ("torch", "transformers", "ray"),
     # Each of these processes would take 250 MB more with torch.
@@ -69,7 +72,7 @@ MAY_KNOW = {
     "core": {"core", "errors"},
     "storage": {"core", "errors", "storage", "models.families"},  # the names of an architecture's tensors
     "models": {"core", "errors", "storage", "models", "messages", "ports"},
-    "actors": {"core", "errors", "storage", "models", "actors", "messages", "ports", "loop", "config"},
+    "actors": {"core", "errors", "storage", "models", "actors", "messages", "ports", "loop", "config", "limits"},
 }
 
 

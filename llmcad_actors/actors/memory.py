@@ -12,6 +12,14 @@ from pathlib import Path
 
 import psutil
 
+DRIVER, DAEMONS, STORE = "driver", "Ray daemons", "store"
+ACTOR_GROUPS = {
+    "Coordinator": "coordinator",
+    "DraftActor": "draft",
+    "VerifierActor": "verifier",
+    "LoaderActor": "loader",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
@@ -45,6 +53,20 @@ def by_process(root: psutil.Process) -> dict[str, int]:
         pss, shmem = process_pss(process.pid)
         name = _readable(process)
         use[name] = use.get(name, 0) + pss - shmem
+    return use
+
+
+def by_group(root: psutil.Process) -> dict[str, int]:
+    """Bytes of each part of llmcad: driver (`root`), its actors, Ray's daemons, the object store. Sums to `measure`."""
+    use = dict.fromkeys((DRIVER, *ACTOR_GROUPS.values(), DAEMONS, STORE), 0)
+    mapped = store = 0
+    for process in (root, *_descendants(root)):
+        pss, shmem = process_pss(process.pid)
+        group = DRIVER if process.pid == root.pid else ACTOR_GROUPS.get(_readable(process), DAEMONS)
+        use[group] += pss - shmem
+        mapped += shmem
+        store = max(store, _store_bytes(process.pid)[0])
+    use[STORE] = max(mapped, store)
     return use
 
 

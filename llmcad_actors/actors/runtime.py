@@ -19,7 +19,7 @@ from llmcad_actors.actors.verifier import VerifierActor
 from llmcad_actors.config import DraftSpec, LoaderSpec, VerifierSpec
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import Policy
-from llmcad_actors.errors import StorageError
+from llmcad_actors.limits import check_shared_memory
 from llmcad_actors.messages import pack
 
 START_TIMEOUT_S = 180.0
@@ -42,19 +42,6 @@ ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
 }
 SPARE_DAEMONS = ("kill_monitor", "kill_dashboard", "kill_log_monitor")  # 150 MB that one machine has no use for
-STORE_DIRECTORY = "/dev/shm"
-
-
-def check_store_directory(store_bytes: int) -> None:
-    """Raises `StorageError` when the shared-memory file system cannot hold the object store."""
-    with suppress(FileNotFoundError):
-        free = shutil.disk_usage(STORE_DIRECTORY).free
-        if free < store_bytes:
-            raise StorageError(
-                f"{STORE_DIRECTORY} has {free >> 20} MiB free, the object store needs {store_bytes >> 20} MiB; "
-                f"enlarge it (mount -o remount,size={(store_bytes >> 20) + 64}M {STORE_DIRECTORY}; in Docker "
-                f"--shm-size={(store_bytes >> 20) + 64}m) or give a smaller --memory"
-            )
 
 
 @contextmanager
@@ -79,7 +66,7 @@ class LocalRay:
         self.is_ours = not ray.is_initialized()
         self._folder = ""
         if self.is_ours:
-            check_store_directory(store_bytes)
+            check_shared_memory(store_bytes)
             self._folder = tempfile.mkdtemp(prefix="llmcad-")
             with environment(ENVIRONMENT):
                 self._start(store_bytes)

@@ -11,8 +11,8 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([KMGT]I?)?B?", re.IGNORECASE)
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
-def parse_size(text: str, total_ram: int) -> int:
-    """Bytes. K, M, G, T are powers of 1000, Ki to Ti of 1024; the B may be left out; % is of `total_ram`.
+def parse_size(text: str, total: int) -> int:
+    """Bytes. K, M, G, T are powers of 1000, Ki to Ti of 1024; the B may be left out; % is of `total`.
 
     "1.5GB" is 1 500 000 000, "512MiB" 536 870 912, "4G" the same as "4GB", a bare number is bytes. Raises
     ConfigError for anything else, and for nothing at all.
@@ -20,13 +20,13 @@ def parse_size(text: str, total_ram: int) -> int:
     trimmed = text.strip()
     if percent := _PERCENT.fullmatch(trimmed):
         share = Decimal(percent[1])
-        size = int(total_ram * share / 100) if share <= 100 else 0
+        size = int(total * share / 100) if share <= 100 else 0
     else:
         size = _bytes_of(trimmed)
     if size < 1:
         raise ConfigError(
             f"cannot use {text!r} as a memory size: write for example 4GB, 1.5G, 512MiB, "
-            f"or 75% (of the {format_size(total_ram)} of this machine)"
+            f"or 75% (of the {format_size(total)} that may be used here)"
         )
     return size
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llmcad_actors.actors.memory import MemoryWatcher, by_process, measure, process_pss
+from llmcad_actors.actors.memory import MemoryWatcher, by_group, by_process, measure, process_pss
 
 MIB = 1 << 20
 HOLD = "import sys; held = b'x' * ({} << 20); print('holding', flush=True); sys.stdin.read()"
@@ -89,3 +89,17 @@ def test_use_is_told_by_process() -> None:
         use = by_process(psutil.Process())
     assert sum(use.values()) > 64 * MIB
     assert max(use.values()) > 64 * MIB
+
+
+def test_use_is_told_by_group_and_nothing_is_lost() -> None:
+    me = psutil.Process()
+    before = by_group(me)
+    with child(64), tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="plasma-test-") as store:
+        store.write(b"x" * 8 * MIB)
+        store.flush()
+        during, use = by_group(me), measure(me)
+    assert during["Ray daemons"] - before["Ray daemons"] > 64 * MIB  # whatever is no actor of ours
+    assert during["store"] >= 8 * MIB > before["store"]
+    assert during["driver"] < before["driver"] + 32 * MIB
+    assert during["verifier"] == 0
+    assert sum(during.values()) == pytest.approx(use.total, rel=0.05)

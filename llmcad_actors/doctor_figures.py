@@ -1,0 +1,149 @@
+"""What `llmcad doctor` measured on this machine, kept for planning: the disk's rate, the cores' rate. No torch here.
+
+`doctor.json` in the cache folder holds disks by device number (`254:0`) and cores by model and count.
+"""
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from llmcad_actors.bundled import cache_folder
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRate:
+    """Bytes per second with so many threads and so large requests: the median of several reads."""
+
+    threads: int
+    chunk_bytes: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFigures:
+    """Reads of one file system."""
+
+    bytes_per_s: float  # sustained, with the threads and the chunk below
+    threads: int
+    chunk_bytes: int
+    is_direct: bool  # O_DIRECT is possible
+    rates: tuple[DiskRate, ...] = ()
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Self:
+        rates = tuple(DiskRate(**rate) for rate in data["rates"])
+        return cls(data["bytes_per_s"], data["threads"], data["chunk_bytes"], data["is_direct"], rates)
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeFigures:
+    """Products of [rows, columns] with a layer-sized matrix that no cache holds, and copies in memory."""
+
+    threads: int
+    matrix: tuple[int, int]
+    matmul_flops: Mapping[str, Mapping[int, float]]  # by dtype ("bfloat16", "float32") and rows: FLOP per second
+    copy_bytes_per_s: float
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Self:
+        flops = {dtype: {int(rows): rate for rows, rate in by.items()} for dtype, by in data["matmul_flops"].items()}
+        rows, columns = data["matrix"]
+        return cls(data["threads"], (rows, columns), flops, data["copy_bytes_per_s"])
+
+    def seconds(self, rows: int, dtype: str, parameters: int | None = None) -> float:
+        """Time of multiplying `rows` rows with `parameters` numbers (default: one layer-sized matrix).
+
+        Between measured row counts the time is taken as linear, beyond them the rate as constant. Raises `KeyError`
+        for a dtype that was not measured.
+        """
+        size = self.matrix[0] * self.matrix[1] if parameters is None else parameters
+        known = sorted((n, 2 * n / rate) for n, rate in self.matmul_flops[dtype].items())
+        return size * _interpolated(known, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What planning needs to predict a pass."""
+
+    disk: DiskFigures
+    compute: ComputeFigures
+
+
+def figures_for(path: Path) -> Figures | None:
+    """The figures for reading `path` on this machine; None where `llmcad doctor` has not measured both."""
+    stored = _read(figures_file())
+    try:
+        return Figures(DiskFigures.of(stored["disks"][device_of(path)]), ComputeFigures.of(stored["cpus"][cpu_name()]))
+    except (KeyError, TypeError, ValueError, AttributeError, OSError):
+        return None
+
+
+def keep(path: Path, disk: DiskFigures | None, compute: ComputeFigures | None) -> Path:
+    """Store what was measured on `path`'s device, beside what is known of others; returns the file. Raises OSError."""
+    file = figures_file()
+    stored = _read(file)
+    now = {"measured_at": datetime.now(UTC).isoformat(timespec="seconds")}
+    if disk is not None:
+        stored["disks"][device_of(path)] = asdict(disk) | now
+    if compute is not None:
+        stored["cpus"][cpu_name()] = asdict(compute) | now
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as new:
+        json.dump(stored, new, indent=1)
+    os.replace(new.name, file)
+    return file
+
+
+def figures_file() -> Path:
+    return cache_folder() / "doctor.json"
+
+
+def device_of(path: Path) -> str:
+    """Number of the device that a file system is on, such as "254:0". Raises OSError."""
+    device = path.stat().st_dev
+    return f"{os.major(device)}:{os.minor(device)}"
+
+
+def cpu_name() -> str:
+    """Model and usable cores, such as "AMD EPYC, 2 cores"."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{cpu_model()}, {cores} cores"
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """An unreadable file is an empty one: it can be measured again."""
+    try:
+        stored = json.loads(file.read_text())
+        if stored["version"] == VERSION and isinstance(stored["disks"], dict) and isinstance(stored["cpus"], dict):
+            return dict(stored)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {"version": VERSION, "disks": {}, "cpus": {}}
+
+
+def _interpolated(known: list[tuple[int, float]], at: int) -> float:
+    """Piecewise linear through (x, y); proportional to x beyond the last, constant before the first."""
+    (x0, y0) = known[0]
+    if at <= x0:
+        return y0
+    for x1, y1 in known[1:]:
+        if at <= x1:
+            return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+        x0, y0 = x1, y1
+    return y0 * at / x0
