@@ -128,7 +128,10 @@ def job_from_options(
         settings.setdefault("memory", DEMO_MEMORY)
     if settings["draft"] in ("", "none"):
         settings["draft"] = None
-    return prepare(EngineConfig(**settings))
+    job = prepare(EngineConfig(**settings))
+    for note in job.notes:
+        screen.print(f"llmcad: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    return job
 
 
 def parse_widths(text: str) -> tuple[int, ...]:

@@ -69,6 +69,8 @@ class Engine:
         """`launch` for a job that has been prepared."""
         baseline = 0 if count_caller else process_pss(os.getpid())[0]
         watcher = MemoryWatcher(os.getpid(), baseline_bytes=baseline)
+        for note in prepared.notes:
+            say(note)
         say("starting Ray")
         ray_ = LocalRay(prepared.memory.store_bytes)
         try:

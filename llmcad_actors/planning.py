@@ -21,6 +21,7 @@ from llmcad_actors.core.fallback import (
 )
 from llmcad_actors.errors import ConfigError
 from llmcad_actors.models.families import family_of
+from llmcad_actors.models.generation_rules import active_rules, ignored_rules
 from llmcad_actors.models.tokenizer import check_same_vocabulary
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import Layout, layout_of
@@ -62,6 +63,14 @@ class Prepared:
         if eos is None:
             return ()
         return tuple(eos) if isinstance(eos, list) else (int(eos),)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the caller should hear before the start: settings of the model that are not followed."""
+        ignored = ignored_rules(self.target.generation_settings)
+        if not ignored:
+            return ()
+        return (f"the target's generation config sets {', '.join(ignored)}, which llmcad does not follow",)
 
     def opening(self) -> tuple[int, ...]:
         """What an empty prompt stands for: the token that begins a text. Raises `ConfigError` where there is none."""
@@ -151,6 +160,7 @@ def prepare(config: EngineConfig) -> Prepared:
     """Open and check everything, and split the memory cap. Raises the `UserError` that says what is wrong."""
     target = Checkpoint.open(Path(config.target))
     layout = layout_of(target)
+    active_rules(target.generation_settings, layout.embedding.shape[0])  # wrong values are refused here
     draft = Checkpoint.open(Path(config.draft)) if config.draft else None
     if draft is not None:
         layout_of(draft)
@@ -179,7 +189,8 @@ def budget_inputs(
         draft_kv=0 if draft is None else draft_cache_bytes(draft, config, context),
         target_resident=sum(i.nbytes for i in layout.resident) * width // stored_bytes(target) + EMBEDDING_CACHE_BYTES,
         target_kv=kv_bytes(target.config, context + 2 * config.max_nodes, width),
-        activations=activation_bytes(layout, target.config, rows, context, config.max_nodes, width),
+        activations=activation_bytes(layout, target.config, rows, context, config.max_nodes, width)
+        + logits_bytes(target, layout, config.max_nodes, width),
         shards=tuple((s.name, s.nbytes, buffer_bytes(largest_piece(s, config.piece_bytes))) for s in layout.shards),
     )
 
@@ -206,6 +217,12 @@ def activation_bytes(
     mask = rows * (context + rows) * (width + 1)
     logits = (nodes + 1) * max(spec.tensors[0].shape[0] for spec in prepared.head) * (4 + width)
     return max(states, logits) + mask
+
+
+def logits_bytes(target: Checkpoint, layout: Layout, nodes: int, width: int) -> int:
+    """Whole rows of logits, which are kept only where the generation config has a say in the choice."""
+    vocab = layout.embedding.shape[0]
+    return (nodes + 1) * vocab * width if active_rules(target.generation_settings, vocab) else 0
 
 
 def context_of(config: Mapping[str, Any]) -> int:

@@ -45,6 +45,11 @@ class Checkpoint:
         return cls(path, config, _json(generation) if generation.is_file() else {}, tensors)
 
     @property
+    def generation_settings(self) -> Mapping[str, Any]:
+        """What decides about generating: generation_config.json; config.json where there is none, as transformers."""
+        return self.generation_config or self.config
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all tensors, buffers left out."""
         return sum(info.nbytes for info in self.tensors.values())
