@@ -39,8 +39,10 @@ DEMO_MEMORY = "1.5GB"
 DEMO_PROMPT = "def read_lines(path):\n    "
 INTERRUPTED = 130
 
-Target = Annotated[str, typer.Option(help="Hugging Face directory of the model to run, or `demo`.")]
-Draft = Annotated[str, typer.Option(help="Directory of a small model with the same tokenizer; `none`: no draft.")]
+Target = Annotated[
+    str, typer.Option(help="Model to run: a Hugging Face directory, a name in the local cache, or `demo`.")
+]
+Draft = Annotated[str, typer.Option(help="Small model with the same tokenizer: directory or name; `none`: no draft.")]
 Memory = Annotated[str | None, typer.Option(help="Cap on all that is used: 1.5GB, 512MiB, 75% of RAM.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")]

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,6 +19,7 @@ from llmcad_actors.core.fallback import (
     TokenConfidence,
 )
 from llmcad_actors.errors import ConfigError
+from llmcad_actors.model_names import find_model
 from llmcad_actors.models.families import family_of
 from llmcad_actors.models.generation_rules import active_rules, ignored_rules
 from llmcad_actors.models.tokenizer import check_same_vocabulary
@@ -158,10 +158,10 @@ class Prepared:
 
 def prepare(config: EngineConfig) -> Prepared:
     """Open and check everything, and split the memory cap. Raises the `UserError` that says what is wrong."""
-    target = Checkpoint.open(Path(config.target))
+    target = Checkpoint.open(find_model(config.target))
     layout = layout_of(target)
     active_rules(target.generation_settings, layout.embedding.shape[0])  # wrong values are refused here
-    draft = Checkpoint.open(Path(config.draft)) if config.draft else None
+    draft = Checkpoint.open(find_model(config.draft)) if config.draft else None
     if draft is not None:
         layout_of(draft)
         check_same_vocabulary(target.path, draft.path)
