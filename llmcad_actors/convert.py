@@ -11,6 +11,9 @@ import os
 import pickle
 import re
 import shutil
+import struct
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,7 +90,9 @@ def convert(
     partial = out.with_name(out.name + ".partial")
     try:
         _prepare(partial, record, sum(entry_bytes(t.entry) for t in tensors))
-        _write_weights(partial, source, _shards(tensors, file_bytes), cap, block, progress or (lambda done, total: None))
+        _write_weights(
+            partial, source, _shards(tensors, file_bytes), cap, block, progress or (lambda done, total: None)
+        )
         _write_small_files(partial, source, config, dtype)
         layout_of(Checkpoint.open(partial))  # nothing incomplete gets the final name
         if out.is_dir():
@@ -141,24 +146,27 @@ def _pickles(source: Path) -> list[Path]:
 
 
 def _block_bytes(cap: int) -> int:
-    block = min(BLOCK_BYTES, (cap - PROCESS_BYTES) // COPIES)
-    if block < LEAST_BLOCK_BYTES:
+    room = (cap - PROCESS_BYTES) // COPIES
+    if room < LEAST_BLOCK_BYTES:
         least = format_size(PROCESS_BYTES + COPIES * LEAST_BLOCK_BYTES)
         raise MemoryCapError(f"a memory cap of {format_size(cap)} is too small to convert; the least is {least}")
-    return block
+    return min(BLOCK_BYTES, room)
 
 
 def _load(file: Path, cap: int) -> dict[str, torch.Tensor]:
     """The tensors of a pickle file, mapped; of the old format, which cannot be mapped, loaded."""
     try:
-        if torch.serialization._is_zipfile(file.open("rb")):
-            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        else:
-            weights = _load_old(file, cap)
+        with warnings.catch_warnings(action="ignore"):  # of pickles that are refused
+            if zipfile.is_zipfile(file):
+                weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            else:
+                weights = _load_old(file, cap)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_why_unsafe(file, str(error))) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged ({str(error).splitlines()[0]}); fetch it again") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, struct.error) as error:
+        raise CheckpointError(
+            f"{file} is damaged ({(str(error) or repr(error)).splitlines()[0]}); fetch it again"
+        ) from None
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise CheckpointError(f"{file} holds something other than named tensors; it is no model checkpoint")
     return weights
@@ -192,9 +200,9 @@ def _tensors(file: Path, cap: int, asked: str | None, head: set[str]) -> Iterato
     for name, tensor in weights.items():
         if COMPUTED.search(name) or (name in head and places.count(tensor.data_ptr()) > 1):
             continue
-        if tensor.dtype not in STORED:
+        if tensor.dtype not in STORED or tensor.layout != torch.strided:
             raise CheckpointError(
-                f"tensor {name} of {file} is stored as {tensor.dtype}; llmcad runs float weights only: use the "
+                f"tensor {name} of {file} is stored as {tensor.dtype}; llmcad runs plain float weights only: use the "
                 "original, unquantised checkpoint"
             )
         yield _Tensor(name, file.name, asked or STORED[tensor.dtype], tuple(tensor.shape))
@@ -252,12 +260,13 @@ def _write_weights(
             progress(done, total)
             continue
         weights = _load(source / shard[0].file, cap)
+        mapped = _mapped(source / shard[0].file)
         with SafetensorsWriter(partial / name, [t.entry for t in shard]) as writer:
             for tensor in shard:
                 for part in _parts(weights[tensor.name].detach(), block):
                     array = part.to(DTYPES[tensor.dtype]).contiguous().reshape(-1).view(torch.uint8).numpy()
                     writer.write_part(tensor.name, array.view(f"u{DTYPES[tensor.dtype].itemsize}"))
-                    _forget(part)
+                    _forget(part, mapped)
                     done += array.nbytes
                     progress(done, total)
     weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
@@ -273,18 +282,21 @@ def _parts(tensor: torch.Tensor, block: int) -> Iterator[torch.Tensor]:
     yield from tensor.split(rows)
 
 
-def _forget(part: torch.Tensor) -> None:
+def _mapped(file: Path) -> list[tuple[int, int]]:
+    """Addresses at which this process maps `file`: start and end."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    spans = [line.split(maxsplit=5)[0].split("-") for line in lines if line.endswith(f" {file.resolve()}")]
+    return [(int(start, 16), int(end, 16)) for start, end in spans]
+
+
+def _forget(part: torch.Tensor, mapped: list[tuple[int, int]]) -> None:
     """Give mapped pages back to the system: they would count as this process's memory. The file still has them."""
-    page, start = os.sysconf("SC_PAGE_SIZE"), part.data_ptr()
-    if not part.is_contiguous() or not _is_mapped(part):
+    start, end = part.data_ptr(), part.data_ptr() + part.nbytes
+    if not part.is_contiguous() or not any(low <= start and end <= high for low, high in mapped):
         return
+    page = os.sysconf("SC_PAGE_SIZE")
     first = start // page * page
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(start + part.nbytes - first), MADV_DONTNEED)
-
-
-def _is_mapped(part: torch.Tensor) -> bool:
-    return part.untyped_storage().filename is not None
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_DONTNEED)
 
 
 def _write_small_files(partial: Path, source: Path, config: dict[str, Any], dtype: str) -> None:

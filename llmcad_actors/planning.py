@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -27,6 +27,9 @@ from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import Layout, layout_of
 from llmcad_actors.storage.pieces import largest_piece
 from llmcad_actors.storage.reader import buffer_bytes
+
+if TYPE_CHECKING:
+    from llmcad_actors.models.chat import ChatTemplate
 
 DEFAULT_CONTEXT = 2048
 DRAFT_SLOTS = 1024
@@ -78,6 +81,12 @@ class Prepared:
         if bos is None:
             raise ConfigError("the prompt is empty, and the model has no token to begin a text with; give a prompt")
         return (int(bos),)
+
+    def chat_template(self) -> "ChatTemplate":
+        """What goes around a user's message. Raises `TokenizerError` where the model has none."""
+        from llmcad_actors.models.chat import read_chat_template  # here: jinja2 takes 6 MB, and few ask for it
+
+        return read_chat_template(self.target.path)
 
     def policy(self) -> Policy:
         """The fallback policy that the settings name."""

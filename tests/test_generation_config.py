@@ -131,7 +131,7 @@ def test_the_processors_run_for_the_accepted_path_alone(target: Path) -> None:
     """A node off the path may have no sensible processing at all."""
     asked: list[int] = []
 
-    class Noting(LogitsProcessor):
+    class Noting(LogitsProcessor):  # type: ignore[misc]
         def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
             asked.append(input_ids.shape[-1])
             return scores

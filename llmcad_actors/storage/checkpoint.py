@@ -18,7 +18,6 @@ __all__ = ["SUPPORTED_DTYPES", "Checkpoint", "TensorInfo"]
 
 SUPPORTED_DTYPES = ("BF16", "F16", "F32")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-CONVERT = "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
 # Masks and rotary tables that older versions of transformers stored. Models compute them; nobody loads them.
 COMPUTED = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(bias|masked_bias)|position_ids)$"
@@ -129,7 +128,7 @@ def _why_no_weights(path: Path) -> str:
     if pickles:
         return (
             f"{path} holds only pickle weights ({pickles[0]}), which llmcad does not load because a pickle "
-            f"can run code; convert them to safetensors first, e.g. with transformers: {CONVERT}."
+            f"can run code; make safetensors of them first, which runs none: `llmcad convert {path} OUT`."
         )
     if (path / "adapter_config.json").is_file():
         return f"{path} holds only an adapter; merge it into its base model and save that as safetensors."
