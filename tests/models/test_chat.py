@@ -113,7 +113,7 @@ def test_a_model_without_a_template_is_refused_before_anything_starts(tmp_path: 
         "{% if %}",
         "{{ messages.append(1) }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ dict.__class__ }}",
+        "{{ dict.__class__.__name__ }}",
         "{% set n = namespace(__x=1) %}",
         "{{ messages[0].content + 1 }}",
     ],
