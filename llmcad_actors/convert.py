@@ -26,11 +26,10 @@ from llmcad_actors.core.budget import format_size, parse_size
 from llmcad_actors.errors import CheckpointError, ConfigError, MemoryCapError, StorageError
 from llmcad_actors.models.families import family_of
 from llmcad_actors.models.tensors import DTYPES
-from llmcad_actors.storage.checkpoint import COMPUTED, INDEX, SINGLE, Checkpoint
+from llmcad_actors.storage.checkpoint import COMPUTED, INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint
 from llmcad_actors.storage.layout import layout_of
 from llmcad_actors.storage.writer import Entry, SafetensorsWriter, entry_bytes
 
-PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 RECORD = "llmcad_converted.json"  # what was made from what; its presence marks a directory of ours
 COPIED = (".json", ".jinja", ".model", ".txt")  # tokenizer and generation files
 FILE_BYTES = 2_000_000_000
@@ -279,7 +278,8 @@ def _parts(tensor: torch.Tensor, block: int) -> Iterator[torch.Tensor]:
     if tensor.ndim == 0:
         tensor = tensor.reshape(1)
     rows = max(1, block // max(1, tensor[:1].numel() * tensor.element_size()))
-    yield from tensor.split(rows)
+    for start in range(0, len(tensor), rows):
+        yield tensor[start : start + rows]
 
 
 def _mapped(file: Path) -> list[tuple[int, int]]:

@@ -77,8 +77,10 @@ class DraftModel:
             self._ancestors[: len(tree), : len(tree)] = self._ancestors[tree][:, tree]
 
     def _forward(self, tokens: Sequence[int] | np.ndarray, positions: object, mask: torch.Tensor) -> torch.Tensor:
+        # A target with a larger padded vocabulary may say an id that is not here; the last one stands in for it.
+        ids = np.minimum(np.asarray(tokens, dtype=np.int64), self._base.get_input_embeddings().num_embeddings - 1)
         output = self._base(
-            input_ids=torch.as_tensor(np.asarray(tokens, dtype=np.int64))[None],
+            input_ids=torch.from_numpy(ids)[None],
             attention_mask=mask[None, None],
             position_ids=torch.as_tensor(np.asarray(positions, dtype=np.int64))[None],
             past_key_values=self.cache,
