@@ -103,9 +103,10 @@ def convert(
 
 
 def _config(source: Path) -> dict[str, Any]:
-    if source.suffix == ".gguf":
+    gguf = [source] if source.suffix == ".gguf" else sorted(source.glob("*.gguf"))
+    if gguf and not any((source / name).exists() for name in (PICKLE, PICKLE_INDEX)):
         raise CheckpointError(
-            f"{source} is a GGUF file, which llmcad does not convert: its weights are quantised, so the result would "
+            f"{gguf[0]} is a GGUF file, which llmcad does not convert: its weights are quantised, so the result would "
             "not be the original model, and unpacking it needs the whole model in memory. Fetch the model's original "
             "Hugging Face files; or, with memory enough, unpack it yourself with transformers and its gguf package: "
             "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(OUT)"

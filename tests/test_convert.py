@@ -183,8 +183,11 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
         convert(source, out, memory="300MB")
     with pytest.raises(CheckpointError, match="has safetensors weights already"):
         convert(original.path, out)
-    with pytest.raises(CheckpointError, match="is a GGUF file"):
-        convert(tmp_path / "model.gguf", out)
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model.gguf").write_bytes(b"GGUF")
+    for path in (tmp_path / "gguf", tmp_path / "gguf" / "model.gguf"):
+        with pytest.raises(CheckpointError, match=r"model\.gguf is a GGUF file"):
+            convert(path, out)
     (source / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(CheckpointError, match=r"names pytorch_model-00002-of-00002\.bin, which is absent"):
         convert(source, out)
