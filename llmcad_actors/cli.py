@@ -40,11 +40,14 @@ DEMO_MEMORY = "1.5GB"
 DEMO_PROMPT = "def read_lines(path):\n    "
 INTERRUPTED = 130
 
-Target = Annotated[str, typer.Option(help="Hugging Face directory of the model to run, or `demo`.")]
-Draft = Annotated[str, typer.Option(help="Directory of a small model with the same tokenizer; `none`: no draft.")]
+Target = Annotated[
+    str, typer.Option(help="Model to run: a Hugging Face directory, a name in the local cache, or `demo`.")
+]
+Draft = Annotated[str, typer.Option(help="Small model with the same tokenizer: directory or name; `none`: no draft.")]
 Memory = Annotated[str | None, typer.Option(help="Cap on all that is used: 1.5GB, 512MiB, 75% of RAM.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Put the model's chat template around the text.")]
 Dtype = Annotated[str | None, typer.Option(help="Compute in: auto (as stored), float32, bfloat16.")]
 MaxNodes = Annotated[int | None, typer.Option(help="Tree nodes checked in one pass at most.")]
 MaxContext = Annotated[int | None, typer.Option(help="Tokens of prompt and output to plan for.")]
@@ -148,18 +151,20 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue, or `-` to read it from standard input.")] = "-",
     max_new_tokens: MaxNewTokens = 128,
     stop: Stop = None,
+    chat: Chat = False,
     as_json: AsJson = False,
     trace: TraceFile = None,
 ) -> None:
     """Continue a text with a model bigger than the memory cap; the text streams as it is accepted."""
     check_writable(trace)
     text = sys.stdin.read() if prompt == "-" else prompt
-    if not text:
-        job.opening()  # refused before anything starts, if at all
+    if chat:  # refused before anything starts, if at all
+        job.chat_template()
+    elif not text:
+        job.opening()
     with StatusLine(screen) as line, Engine.start(job, say=line.say, count_caller=True) as engine:
-        result = _stream(
-            engine, line, text, show=not as_json, max_new_tokens=max_new_tokens, stop=stop or (), trace=trace
-        )
+        options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "chat": chat, "trace": trace}
+        result = _stream(engine, line, text, show=not as_json, **options)
     if as_json:
         print(json.dumps(_report(result, job)))
 
@@ -231,6 +236,29 @@ def doctor(
             Console().print(table)
     if not report.is_fit:
         raise typer.Exit(1)
+
+
+@app.command("convert")
+@reports_errors
+def convert_model(
+    source: Annotated[Path, typer.Argument(help="Model directory with pytorch_model.bin files.")],
+    out: Annotated[Path, typer.Argument(help="Directory to make; run again to go on after an interruption.")],
+    memory: Annotated[str, typer.Option(help="Cap on the memory used.")] = "2GB",
+    dtype: Annotated[str, typer.Option(help="Store as: auto (as it is), float32, bfloat16, float16.")] = "auto",
+) -> None:
+    """Turn a pickled checkpoint (pytorch_model.bin) into safetensors, which llmcad can run. Runs no code of it."""
+    from llmcad_actors.convert import convert  # here: it needs torch, and no other command does
+
+    with RichProgress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task(f"converting {source.name}", total=None)
+        made = convert(
+            source,
+            out,
+            memory=memory,
+            dtype=dtype,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(made)
 
 
 @app.command("trace")

@@ -51,10 +51,10 @@ def measure_compute(
 
 def linear_layer(kind: Any) -> Callable[[Any, Any], Any]:
     """How the verifier multiplies rows and weights of this torch type."""
-    import torch
+    from llmcad_actors.models import linear
 
-    multiply: Callable[[Any, Any], Any] = torch.nn.functional.linear
-    return multiply
+    multiply = linear.chosen(kind, kind)
+    return lambda rows, weight: multiply(rows, weight, None)
 
 
 def _multiply(how: Callable[[Any, Any], Any], states: Any, weights: Sequence[Any], run: int) -> Any:

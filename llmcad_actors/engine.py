@@ -15,7 +15,7 @@ from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.errors import ConfigError, RuntimeFailure
 from llmcad_actors.messages import Event, Failed, Finished, Progress, Provisional, Request, Tokens, pack, unpack
-from llmcad_actors.models.tokenizer import Detokenizer, StopStrings, plain_tokenizer
+from llmcad_actors.models.tokenizer import Detokenizer, StopStrings, is_plain, plain_tokenizer
 from llmcad_actors.planning import Prepared, prepare
 from llmcad_actors.results import Piece, Result, Status
 from llmcad_actors.tracing import traced
@@ -117,17 +117,19 @@ class Engine:
         *,
         max_new_tokens: int = 128,
         stop: Sequence[str] = (),
+        chat: bool = False,
         speculate: bool = True,
         provisional: bool = False,
         trace: str | os.PathLike[str] | None = None,
     ) -> Iterator[Piece]:
         """Continue `prompt` greedily, yielding text as it is accepted.
 
-        stop: strings that end the text (they are not part of it). speculate=False: one token a pass.
+        stop: strings that end the text (they are not part of it). chat: `prompt` is a user's message, and the
+        model's chat template goes around it. speculate=False: one token a pass.
         provisional: also yield the draft's guess while a pass runs; the next piece that is not provisional
         replaces it. trace: a file that what every actor does is written to, for `llmcad trace`.
         """
-        ids = self._encode(prompt)
+        ids = self._encode_chat(prompt) if chat else self._encode(prompt)
         request = Request(
             ids, self._room(ids, max_new_tokens), self.prepared.stop_tokens, speculate, self.prepared.config.provisional
         )
@@ -217,6 +219,14 @@ class Engine:
 
     def _encode(self, prompt: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(prompt).ids) or self.prepared.opening()
+
+    def _encode_chat(self, message: str) -> tuple[int, ...]:
+        """The template brings its own special tokens; the tokenizer adds none."""
+        template = self.prepared.chat_template()
+        if not is_plain(template.path):
+            tokens = unpack(fetch(self._actors.verifier.special_tokens.remote(), TOKENIZER_TIMEOUT_S, "the tokenizer"))
+            template = replace(template, special_tokens=tokens)
+        return tuple(self._tokenizer.encode(template.render(message), add_special_tokens=False).ids)
 
     def _room(self, ids: Sequence[int], max_new_tokens: int) -> int:
         """New tokens that fit behind the prompt."""

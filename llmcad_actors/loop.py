@@ -38,7 +38,7 @@ async def decode(
     """
     started, stats, left = clock.now(), Stats(), request.max_new_tokens
     verdict, ahead, patience = None, NOTHING_AHEAD, Patience()
-    await verifier.begin(request.prompt, request.stop_tokens)
+    await verifier.begin(request.prompt, request.stop_tokens, request.max_new_tokens)
     if drafter is not None:
         await drafter.begin(request.prompt)
     while True:

@@ -3,8 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmcad_actors.config import DraftSpec, EngineConfig, LoaderSpec, VerifierSpec
 from llmcad_actors.core.budget import (
@@ -27,12 +26,17 @@ from llmcad_actors.core.fallback import (
 )
 from llmcad_actors.errors import ConfigError
 from llmcad_actors.limits import memory_limit, within
+from llmcad_actors.model_names import find_model
 from llmcad_actors.models.families import family_of
+from llmcad_actors.models.generation_rules import active_rules, ignored_rules
 from llmcad_actors.models.tokenizer import check_same_vocabulary
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import Layout, ShardSpec, layout_of
 from llmcad_actors.storage.pieces import pieces_of
 from llmcad_actors.storage.reader import span_bytes
+
+if TYPE_CHECKING:
+    from llmcad_actors.models.chat import ChatTemplate
 
 DEFAULT_CONTEXT = 2048
 DRAFT_SLOTS = 1024
@@ -61,7 +65,7 @@ class Prepared:
     draft: Checkpoint | None
     memory: MemoryPlan
     context: int  # tokens of prompt and output together
-    notices: tuple[str, ...] = ()  # what the user should know: settings that were changed
+    notices: tuple[str, ...] = ()  # what the user should know: settings that were changed, or are not followed
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -77,6 +81,12 @@ class Prepared:
         if bos is None:
             raise ConfigError("the prompt is empty, and the model has no token to begin a text with; give a prompt")
         return (int(bos),)
+
+    def chat_template(self) -> "ChatTemplate":
+        """What goes around a user's message. Raises `TokenizerError` where the model has none."""
+        from llmcad_actors.models.chat import read_chat_template  # here: jinja2 takes 6 MB, and few ask for it
+
+        return read_chat_template(self.target.path)
 
     def policy(self) -> Policy:
         """The fallback policy that the settings name."""
@@ -157,9 +167,10 @@ class Prepared:
 
 def prepare(config: EngineConfig) -> Prepared:
     """Open and check everything, and split the memory cap. Raises the `UserError` that says what is wrong."""
-    target = Checkpoint.open(Path(config.target))
+    target = Checkpoint.open(find_model(config.target))
     layout = layout_of(target)
-    draft = Checkpoint.open(Path(config.draft)) if config.draft else None
+    active_rules(target.generation_settings, layout.embedding.shape[0])  # wrong values are refused here
+    draft = Checkpoint.open(find_model(config.draft)) if config.draft else None
     if draft is not None:
         layout_of(draft)
         check_same_vocabulary(target.path, draft.path)
@@ -171,7 +182,15 @@ def prepare(config: EngineConfig) -> Prepared:
     limit = memory_limit()
     cap, notices = within(parse_size(config.memory, limit.limit_bytes), limit)
     memory = plan(budget_inputs(config, target, layout, draft, context), cap)
-    return Prepared(config, target, layout, draft, memory, context, notices)
+    return Prepared(config, target, layout, draft, memory, context, (*notices, *unfollowed(target)))
+
+
+def unfollowed(target: Checkpoint) -> tuple[str, ...]:
+    """A notice of the settings of the model that are not followed."""
+    ignored = ignored_rules(target.generation_settings)
+    if not ignored:
+        return ()
+    return (f"the target's generation config sets {', '.join(ignored)}, which llmcad does not follow",)
 
 
 def budget_inputs(
@@ -188,7 +207,8 @@ def budget_inputs(
         draft_kv=0 if draft is None else draft_cache_bytes(draft, config, context),
         target_resident=sum(i.nbytes for i in layout.resident) * width // stored_bytes(target) + EMBEDDING_CACHE_BYTES,
         target_kv=kv_bytes(target.config, context + 2 * config.max_nodes, width),
-        activations=activation_bytes(layout, target.config, rows, context, config.max_nodes, width),
+        activations=activation_bytes(layout, target.config, rows, context, config.max_nodes, width)
+        + logits_bytes(target, layout, config.max_nodes, width),
         shards=tuple(budget_shard(spec, config.piece_bytes) for spec in layout.shards),
     )
 
@@ -225,6 +245,12 @@ def activation_bytes(
         mask += family.num_heads(config) * rows * (context + rows) * (4 + 2 * width)
     logits = (nodes + 1) * max(spec.tensors[0].shape[0] for spec in prepared.head) * (4 + width)
     return max(states, logits) + mask
+
+
+def logits_bytes(target: Checkpoint, layout: Layout, nodes: int, width: int) -> int:
+    """Whole rows of logits, which are kept only where the generation config has a say in the choice."""
+    vocab = layout.embedding.shape[0]
+    return (nodes + 1) * vocab * width if active_rules(target.generation_settings, vocab) else 0
 
 
 def context_of(config: Mapping[str, Any]) -> int:

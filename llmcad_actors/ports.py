@@ -28,8 +28,8 @@ class Drafter(Protocol):
 class Verifier(Protocol):
     """Checks token trees with the target model."""
 
-    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...]) -> None:
-        """Start on a prompt."""
+    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...], max_new_tokens: int) -> None:
+        """Start on a prompt. Only a target that forces its last token looks at `max_new_tokens`."""
 
     async def verify(self, tree: TokenTree) -> Verdict:
         """One pass over `tree`. The accepted path and the bonus token are committed."""

@@ -72,7 +72,7 @@ class FunctionVerifier:
         self.trees: list[TokenTree] = []
         self.num_running = 0
 
-    async def begin(self, prompt: Tokens, stop_tokens: Tokens) -> None:
+    async def begin(self, prompt: Tokens, stop_tokens: Tokens, max_new_tokens: int) -> None:
         self._tokens, self._stop = prompt, frozenset(stop_tokens)
 
     async def verify(self, tree: TokenTree) -> Verdict:
@@ -135,8 +135,8 @@ class LocalVerifier:
     def __init__(self, target: Target) -> None:
         self._target = target
 
-    async def begin(self, prompt: Tokens, stop_tokens: Tokens) -> None:
-        self._target.begin(prompt, stop_tokens)
+    async def begin(self, prompt: Tokens, stop_tokens: Tokens, max_new_tokens: int) -> None:
+        self._target.begin(prompt, stop_tokens, max_new_tokens)
 
     async def verify(self, tree: TokenTree) -> Verdict:
         return await asyncio.to_thread(self._target.verify, tree)

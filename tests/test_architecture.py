@@ -27,6 +27,9 @@ STAYS_WITHOUT = {
     "llmcad_actors.planning": ("torch", "transformers", "ray"),
     "llmcad_actors.doctor": ("torch", "transformers", "ray"),
     "llmcad_actors.doctor_figures": ("torch", "transformers", "ray"),
+    "llmcad_actors.model_names": ("torch", "transformers", "ray"),
+    "llmcad_actors.models.chat": ("torch", "transformers", "ray"),
+    "llmcad_actors.models.generation_rules": ("torch", "transformers", "ray"),
     "llmcad_actors.storage.reader": ("torch", "transformers", "ray"),
     "llmcad_actors.storage.layout": ("torch", "transformers", "ray"),
     # Each of these processes would take 250 MB more with torch.

@@ -19,7 +19,7 @@ from llmcad_actors.models.target import Target
 from llmcad_actors.planning import Prepared, prepare
 from tests.fakes import LocalDrafter, LocalVerifier, MemoryShards, TickingClock
 from tests.plain import Plain, encode
-from tests.tiny import tiny_llama
+from tests.tiny import BYTE_VOCAB, tiny_llama
 
 PROMPTS = (
     "import json\n\n\ndef load(path):\n    ",
@@ -157,3 +157,12 @@ def test_one_engine_answers_request_after_request(folder: Path) -> None:
     answer = plain.greedy(ids, FEW)
     for prompt in (ids, ids[:-3], ids, (*ids, *answer[:20]), ids[:5]):
         assert engine.generate(prompt, FEW)[0] == plain.greedy(prompt, FEW)
+
+
+def test_a_padded_target_may_say_ids_that_its_draft_does_not_have(folder: Path) -> None:
+    """The other way round is among the drafts above: `padded`."""
+    plain, prompt = Plain.of(folder / "padded"), encode(folder / "padded", PROMPTS[0])
+    engine = local(folder / "padded", folder / "untied", max_nodes=24, fallback="adaptive")
+    expected = plain.greedy(prompt, FEW)
+    assert max(expected) >= BYTE_VOCAB
+    assert engine.generate(prompt, FEW)[0] == expected

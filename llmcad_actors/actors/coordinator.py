@@ -46,8 +46,8 @@ class RemoteVerifier:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...]) -> None:
-        call = self._actor.begin.remote(pack(prompt), pack(stop_tokens))
+    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...], max_new_tokens: int) -> None:
+        call = self._actor.begin.remote(pack(prompt), pack(stop_tokens), max_new_tokens)
         await fetch_async(call, CALL_TIMEOUT_S, "the target's start")
 
     async def verify(self, tree: TokenTree) -> Verdict:

@@ -44,8 +44,13 @@ class VerifierActor:
 
         return auto_tokenizer_json(self._path)
 
-    def begin(self, prompt: bytes, stop_tokens: bytes) -> int:
-        return self._target.begin(unpack(prompt), unpack(stop_tokens))
+    def special_tokens(self) -> bytes:
+        from llmcad_actors.models.chat import auto_special_tokens
+
+        return pack(auto_special_tokens(self._path))
+
+    def begin(self, prompt: bytes, stop_tokens: bytes, max_new_tokens: int) -> int:
+        return self._target.begin(unpack(prompt), unpack(stop_tokens), max_new_tokens)
 
     def verify(self, tree: bytes) -> bytes:
         started = self._recorder.now()

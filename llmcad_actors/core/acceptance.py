@@ -4,12 +4,16 @@ Every emitted token is a choice of the target, so the output is the target's own
 choices may be greedy or sampled: the rule does not know.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Any, Protocol
 
 from llmcad_actors.core.tree import ROOT, TokenTree
+
+
+class Choices(Protocol):
+    """Anything that holds a token for each row: a list, an array, or what makes them when asked."""
+
+    def __getitem__(self, row: int, /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,7 @@ class Accepted:
         return (*tree.tokens[list(self.path)].tolist(), self.bonus)
 
 
-def walk(tree: TokenTree, choices: Sequence[int] | np.ndarray, stop_tokens: frozenset[int]) -> Accepted:
+def walk(tree: TokenTree, choices: Choices, stop_tokens: frozenset[int]) -> Accepted:
     """`choices` [n+1]: the target's next token after the root (0) and after node i (i+1).
 
     A stop token ends the walk even where the tree goes on: it is the bonus, and the path ends before it.

@@ -86,8 +86,10 @@ class DraftModel:
     ) -> torch.Tensor:
         start, end = self.cache.length, self.cache.length + len(tokens)
         self._positions[start:end] = positions
+        # A target with a larger padded vocabulary may say an id that is not here; the last one stands in for it.
+        ids = np.minimum(np.asarray(tokens, dtype=np.int64), self._base.get_input_embeddings().num_embeddings - 1)
         output = self._base(
-            input_ids=torch.as_tensor(np.asarray(tokens, dtype=np.int64))[None],
+            input_ids=torch.from_numpy(ids)[None],
             attention_mask=self._windows.masks(mask[None, None], self._positions[start:end], self._positions[:end]),
             position_ids=torch.from_numpy(self._positions[start:end])[None],
             past_key_values=self.cache,

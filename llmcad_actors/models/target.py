@@ -13,22 +13,25 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from transformers import LogitsProcessorList
 
-from llmcad_actors.core.acceptance import walk
+from llmcad_actors.core.acceptance import Choices, walk
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError
 from llmcad_actors.messages import PassStats, Verdict
 from llmcad_actors.models import linear
 from llmcad_actors.models.embedding import EmbeddingRows
 from llmcad_actors.models.experts import shapes_with_experts, with_experts
+from llmcad_actors.models.generation_rules import active_rules
 from llmcad_actors.models.kv_cache import TreeCache
 from llmcad_actors.models.masks import Windows
+from llmcad_actors.models.processors import PathChoices, make_processors
 from llmcad_actors.models.skeleton import Slots, build_skeleton, stream_layers
 from llmcad_actors.models.softcap import soft_capped, softcap_of
 from llmcad_actors.models.tensors import DTYPES, as_tensor
 from llmcad_actors.ports import ShardSource
 from llmcad_actors.storage.checkpoint import Checkpoint, TensorInfo
-from llmcad_actors.storage.layout import Layout
+from llmcad_actors.storage.layout import Layout, ShardSpec
 from llmcad_actors.storage.reader import read_bytes
 
 ROW_SIZES = (1, 16, 32, 64, 96, 144, 192, 256, 320, 384, 512)
@@ -75,6 +78,8 @@ class Target:
         self._cache = TreeCache(len(layers), capacity)
         self._tokens: list[int] = []  # committed; the last is the root, which the cache does not hold
         self._stop: frozenset[int] = frozenset()
+        self._rules = active_rules(checkpoint.generation_settings, layout.embedding.shape[0])
+        self._processors = LogitsProcessorList()
         self._stall_s = 0.0
 
     def _load_resident(self) -> torch.Tensor | None:
@@ -117,13 +122,20 @@ class Target:
             finally:
                 tensors.clear()  # before the lease ends: the loader counts its bytes as free from then on
 
-    def begin(self, prompt: Sequence[int], stop_tokens: Sequence[int]) -> int:
-        """Start on a prompt; returns how many of its tokens the cache holds already (a shared prefix)."""
+    def begin(self, prompt: Sequence[int], stop_tokens: Sequence[int], max_new_tokens: int | None = None) -> int:
+        """Start on a prompt; returns how many of its tokens the cache holds already (a shared prefix).
+
+        max_new_tokens: where a forced last token would stand; None: as many as the cache holds.
+        """
         held = self._tokens[: self._cache.length]
         shared = common_prefix(held, prompt[:-1])
         self._cache.keep(shared, ())
         self._tokens = list(prompt)
         self._stop = frozenset(stop_tokens)
+        max_length = self._cache.capacity if max_new_tokens is None else len(prompt) + max_new_tokens
+        self._processors = make_processors(
+            self._rules, prompt_length=len(prompt), max_length=max_length, stop_tokens=stop_tokens
+        )
         return shared
 
     @torch.inference_mode()
@@ -134,11 +146,11 @@ class Target:
         pending = self._tokens[cached:]
         try:
             hidden, rows = self._forward(pending, tree)
-            choices = self._choose(hidden[len(pending) - 1 : len(pending) + len(tree)])
+            choices = self._choices(hidden[len(pending) - 1 : len(pending) + len(tree)], tree)
+            accepted = walk(tree, choices, self._stop)
         except BaseException:
             self._cache.keep(cached, ())  # the layers that did run have added rows
             raise
-        accepted = walk(tree, choices, self._stop)
         self._commit(tree, accepted.path, accepted.bonus, cached, len(pending))
         seconds = time.perf_counter() - started
         stats = PassStats(seconds, self._stall_s, seconds - self._stall_s, rows)
@@ -182,20 +194,39 @@ class Target:
         mask = torch.zeros(visible.shape, dtype=self.dtype)
         return mask.masked_fill_(torch.from_numpy(~visible), torch.finfo(self.dtype).min)[None, None]
 
+    def _choices(self, hidden: torch.Tensor, tree: TokenTree) -> Choices:
+        """The target's own next token after each row of hidden states [nodes + 1, hidden]."""
+        if not self._processors:
+            return self._choose(hidden)
+        return PathChoices(self._logits(hidden), self._processors, self._tokens, tree)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Whole rows of logits [rows, vocab] in the computing type."""
+        logits = torch.empty(len(hidden), self.layout.embedding.shape[0], dtype=self.dtype)
+        for spec in self.layout.head:
+            with self._leased(spec.name, spec.tensors) as tensors:
+                part = self._part_of_logits(hidden, spec, tensors)
+                logits[:, spec.row_start : spec.row_start + part.shape[1]] = part
+        return logits
+
     def _choose(self, hidden: torch.Tensor) -> np.ndarray:
         """The target's own next token after each row, int64 [rows]; ties go to the lowest id."""
         best = torch.full((len(hidden),), -torch.inf)
         choice = torch.zeros(len(hidden), dtype=torch.int64)
         for spec in self.layout.head:
             with self._leased(spec.name, spec.tensors) as tensors:
-                rows = slice(spec.row_start, spec.row_start + spec.tensors[0].shape[0])
-                bias = None if self._head_bias is None else self._head_bias[rows]
-                logits = soft_capped(self._linear(hidden, tensors[spec.tensors[0].name], bias), self._softcap)
-                value, index = logits.float().max(dim=-1)
-                del logits
+                value, index = self._part_of_logits(hidden, spec, tensors).float().max(dim=-1)
             better = value > best
             best[better], choice[better] = value[better], index[better] + spec.row_start
         return choice.numpy()
+
+    def _part_of_logits(
+        self, hidden: torch.Tensor, spec: ShardSpec, tensors: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Logits [rows, vocabulary slice] of one shard of the head."""
+        weight = tensors[spec.tensors[0].name]
+        bias = None if self._head_bias is None else self._head_bias[spec.row_start : spec.row_start + len(weight)]
+        return soft_capped(self._linear(hidden, weight, bias), self._softcap)
 
     def _commit(self, tree: TokenTree, path: Sequence[int], bonus: int, cached: int, pending: int) -> None:
         first_node = cached + pending

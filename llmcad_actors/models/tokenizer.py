@@ -17,11 +17,16 @@ _PLAIN_CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"}
 _CHANGES_ENCODING = ("add_bos_token", "add_eos_token", "add_prefix_space", "auto_map")
 
 
+def is_plain(path: Path) -> bool:
+    """Whether the directory's tokenizer.json alone decides the ids; elsewhere transformers has a say."""
+    config = tokenizer_config(path)
+    plain = config.get("tokenizer_class") in _PLAIN_CLASSES and not any(config.get(k) for k in _CHANGES_ENCODING)
+    return plain and (path / "tokenizer.json").is_file()
+
+
 def plain_tokenizer(path: Path) -> Tokenizer | None:
     """The directory's tokenizer.json, where that alone decides the ids; None where transformers has a say."""
-    config = _tokenizer_config(path)
-    plain = config.get("tokenizer_class") in _PLAIN_CLASSES and not any(config.get(k) for k in _CHANGES_ENCODING)
-    return read_tokenizer(path) if plain and (path / "tokenizer.json").is_file() else None
+    return read_tokenizer(path) if is_plain(path) else None
 
 
 def auto_tokenizer_json(path: Path) -> str:
@@ -89,7 +94,8 @@ def _name(vocab: dict[str, int], index: int) -> str:
     return next((repr(token) for token, i in vocab.items() if i == index), "no token")
 
 
-def _tokenizer_config(path: Path) -> dict[str, Any]:
+def tokenizer_config(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json of a directory; {} where there is none. Raises `TokenizerError` when it is broken."""
     file = path / "tokenizer_config.json"
     if not file.is_file():
         return {}

@@ -18,7 +18,7 @@ __all__ = ["SUPPORTED_DTYPES", "Checkpoint", "TensorInfo"]
 
 SUPPORTED_DTYPES = ("BF16", "F16", "F32")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-CONVERT = "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 # Masks and rotary tables that older versions of transformers stored. Models compute them; nobody loads them.
 COMPUTED = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(bias|masked_bias)|position_ids)$"
@@ -43,6 +43,11 @@ class Checkpoint:
         _check_dtypes(path, tensors.values())
         generation = path / "generation_config.json"
         return cls(path, config, _json(generation) if generation.is_file() else {}, tensors)
+
+    @property
+    def generation_settings(self) -> Mapping[str, Any]:
+        """What decides about generating: generation_config.json; config.json where there is none, as transformers."""
+        return self.generation_config or self.config
 
     @property
     def total_bytes(self) -> int:
@@ -122,9 +127,10 @@ def _why_no_weights(path: Path) -> str:
         return f"{path} holds no safetensors weights{_gguf_hint(path)}."
     pickles = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in path.glob(pattern))
     if pickles:
+        way = f"make safetensors of them, which runs none: `llmcad convert {path} OUT`"
         return (
             f"{path} holds only pickle weights ({pickles[0]}), which llmcad does not load because a pickle "
-            f"can run code; convert them to safetensors first, e.g. with transformers: {CONVERT}."
+            f"can run code; {way if _is_convertible(path) else 'fetch the model as safetensors'}."
         )
     if (path / "adapter_config.json").is_file():
         return f"{path} holds only an adapter; merge it into its base model and save that as safetensors."
@@ -132,6 +138,10 @@ def _why_no_weights(path: Path) -> str:
     if stray:
         return f"{path} has {stray[0]} but neither {SINGLE} nor {INDEX}; fetch the index file."
     return f"{path} has a config.json but no weights: neither {SINGLE} nor {INDEX}; fetch the weights."
+
+
+def _is_convertible(path: Path) -> bool:
+    return any((path / name).is_file() for name in (PICKLE, PICKLE_INDEX))
 
 
 def _gguf_hint(path: Path) -> str:

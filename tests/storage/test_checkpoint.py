@@ -111,9 +111,9 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "no weights": (_swap, "no weights.*fetch the weights"),
     "pickle .bin": (
         lambda p: _swap(p, "pytorch_model.bin"),
-        "pytorch_model.bin.*convert.*safetensors.*save_pretr",
+        r"pytorch_model\.bin.*safetensors.*`llmcad convert .* OUT`",
     ),
-    "pickle .pt": (lambda p: _swap(p, "model.pt"), r"only pickle weights \(model.pt\)"),
+    "pickle .pt": (lambda p: _swap(p, "model.pt"), r"only pickle weights \(model.pt\).*fetch the model as safetensors"),
     "pickle .pth": (lambda p: _swap(p, "consolidated.00.pth"), "only pickle weights"),
     "gguf": (lambda p: _swap(p, "model-q4.gguf"), r"GGUF file \(model-q4.gguf\).*does not read"),
     "adapter": (

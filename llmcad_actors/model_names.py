@@ -1,0 +1,80 @@
+"""A model's name on the Hugging Face Hub -> its directory in the local cache. Never downloads."""
+
+import json
+import re
+from pathlib import Path
+
+from llmcad_actors.errors import CheckpointError
+from llmcad_actors.storage.checkpoint import INDEX, SINGLE
+
+NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)  # "gpt2", "meta-llama/Llama-2-13b-hf"
+
+
+def find_model(name: str, cache: Path | None = None) -> Path:
+    """The directory that `name` stands for: an existing path, or the cached snapshot of the model so called.
+
+    cache: where to look for names; default: what `HF_HUB_CACHE` and `HF_HOME` say. What cannot be a name is
+    taken for a path. Raises `CheckpointError` for a name that is not in the cache, or not all of it.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or not NAME.fullmatch(name):
+        return path
+    cache = cache or _cache()
+    folder = cache / "--".join(["models", *name.split("/")])
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{name} is neither a directory here nor a model in the Hugging Face cache ({cache}); fetch it with "
+            f"`hf download {name}`, or give the path of a model directory"
+        )
+    snapshot = _snapshot(folder)
+    missing = ["a snapshot"] if snapshot is None else _missing(snapshot)
+    if snapshot is None or missing:
+        raise CheckpointError(
+            f"{name} is in the Hugging Face cache ({folder}) only in part: {', '.join(missing[:3])} "
+            f"{'is' if len(missing) == 1 else 'are'} missing{_unfinished(folder)}; complete it with "
+            f"`hf download {name}`"
+        )
+    return snapshot
+
+
+def _cache() -> Path:
+    import huggingface_hub.constants as constants  # here: planning a model directory needs none of it
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _snapshot(folder: Path) -> Path | None:
+    """The snapshot that `main` points to; the only one, where `main` was never fetched."""
+    main = folder / "refs" / "main"
+    if main.is_file():
+        snapshot = folder / "snapshots" / main.read_text().strip()
+        return snapshot if snapshot.is_dir() else None
+    snapshots = [path for path in (folder / "snapshots").glob("*") if path.is_dir()]
+    return snapshots[0] if len(snapshots) == 1 else None
+
+
+def _missing(snapshot: Path) -> list[str]:
+    """Files that the model needs and the snapshot lacks. Links whose blob is absent count as absent."""
+    names = ["config.json"]
+    if (snapshot / INDEX).is_file() and not (snapshot / SINGLE).is_file():
+        names += _shards(snapshot / INDEX)
+    elif not _has_other_weights(snapshot):
+        names.append(SINGLE)
+    return [name for name in names if not (snapshot / name).is_file()]
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []  # opening the checkpoint says what is wrong with it
+
+
+def _has_other_weights(snapshot: Path) -> bool:
+    """Weights of a format that opening the checkpoint knows to refuse, and says what to do."""
+    return any(file.is_file() for kind in ("*.bin", "*.gguf", "*.pt") for file in snapshot.glob(kind))
+
+
+def _unfinished(folder: Path) -> str:
+    count = sum(1 for _ in (folder / "blobs").glob("*.incomplete"))
+    return f" ({count} interrupted download{'s' if count > 1 else ''})" if count else ""

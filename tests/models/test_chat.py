@@ -1,0 +1,137 @@
+"""A chat template is rendered as transformers' `apply_chat_template` renders it, text and ids."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from llmcad_actors.engine import Engine
+from llmcad_actors.errors import TokenizerError
+from llmcad_actors.models.chat import auto_special_tokens, read_chat_template
+from llmcad_actors.models.tokenizer import auto_tokenizer_json, is_plain, read_tokenizer
+from tests.actors.engines import job
+from tests.plain import Plain
+from tests.tiny import byte_tokenizer, tiny_llama
+
+CHATML = """{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|end|>' + '\\n' }}
+{%- endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}
+"""
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama 2": "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'].strip() }} [/INST]{% endfor %}",
+    "special tokens": "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ messages[0].content }}",
+    "helpers": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ m | tojson }}"
+    "{% break %}{% endfor %}{{ ns.n }}{{ strftime_now('%Y') }}{{ dict(a=1) | tojson(indent=2) }}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}!",
+    "tools": "{% if tools is none and documents is none and not thinking %}{{ messages[-1]['content'] }}{% endif %}",
+}
+texts = st.text(max_size=30)
+
+
+def saved(folder: Path, template: str | None, **config: Any) -> Path:
+    """A directory with a byte tokenizer and this template."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: saved(tmp_path_factory.mktemp("chat"), template) for name, template in TEMPLATES.items()}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=25)
+@given(text=texts)
+@example(text='<b> "quoted" & \u00e9\u65e5 </b>\n\n  {{ messages }} {% raw %}')
+@example(text="")
+def test_text_and_ids_are_those_of_apply_chat_template(folders: dict[str, Path], name: str, text: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folders[name])
+    messages = [{"role": "user", "content": text}]
+    rendered = read_chat_template(folders[name]).render(text)
+    assert rendered == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = read_tokenizer(folders[name]).encode(rendered, add_special_tokens=False).ids
+    assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+
+def test_a_class_that_knows_more_tokens_is_asked(tmp_path: Path) -> None:
+    """What begins a text is in no file here: it is the class's default."""
+    folder = saved(tmp_path, TEMPLATES["special tokens"], tokenizer_class="GPT2Tokenizer")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k[1:] != "os_token"}))
+    assert not is_plain(folder)
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
+    template = read_chat_template(folder)
+    assert template.render("Hi") != expected
+    assert replace(template, special_tokens=auto_special_tokens(folder)).render("Hi") == expected
+    assert Tokenizer.from_str(auto_tokenizer_json(folder)).encode(expected).ids
+
+
+def test_templates_may_stand_in_the_tokenizers_config(tmp_path: Path) -> None:
+    """As older models have them, one or several; the file of its own wins."""
+    several = [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes {{ messages[0].content }}"}]
+    for template in (several, several[1]["template"]):
+        folder = saved(tmp_path / str(type(template)), None, chat_template=template)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        expected = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+        assert read_chat_template(folder).render("x") == expected == "yes x"
+    (folder / "chat_template.jinja").write_text("file")
+    assert read_chat_template(folder).render("x") == "file"
+
+
+def test_a_model_without_a_template_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path, layers=1)
+    with pytest.raises(TokenizerError, match="has no chat template"):
+        read_chat_template(model)
+    command = [sys.executable, "-m", "llmcad_actors.cli", "generate", "--target", str(model), "--chat", "Hi"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "has no chat template" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('only system messages here') }}",
+        "{% if %}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ dict.__class__.__name__ }}",
+        "{% set n = namespace(__x=1) %}",
+        "{{ messages[0].content + 1 }}",
+    ],
+)
+def test_a_template_that_fails_or_breaks_out_is_refused(tmp_path: Path, template: str) -> None:
+    folder = saved(tmp_path, None)
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(TokenizerError, match=r"the chat template of .* cannot be applied"):
+        read_chat_template(folder).render("Hi")
+
+
+@pytest.mark.parametrize("config", [{}, {"tokenizer_class": "GPT2Tokenizer"}], ids=["plain", "class"])
+def test_the_engine_answers_a_chat_message(tmp_path: Path, config: dict[str, str]) -> None:
+    target = saved(tiny_llama(tmp_path, seed=3), TEMPLATES["special tokens"], **config)
+    ids = AutoTokenizer.from_pretrained(target).apply_chat_template(
+        [{"role": "user", "content": "Hello"}], add_generation_prompt=True
+    )["input_ids"]
+    with Engine.start(job(target, None)) as engine:
+        chatting, plain = engine.generate("Hello", max_new_tokens=8, chat=True), engine.generate("Hello")
+    assert chatting.token_ids == Plain.of(target).greedy(ids, 8)
+    assert chatting.token_ids != plain.token_ids[:8]
