@@ -53,6 +53,11 @@ SETTINGS = (
         "LLMCad: pacer, adaptive, provisional",
         {"builder": "pacer", "fallback": "adaptive", "provisional": True},
     ),
+    Setting(
+        "paper-average",
+        "LLMCad, threshold by average",
+        {"builder": "pacer", "fallback": "adaptive", "alpha_update": "average", "provisional": True},
+    ),
     Setting("ours", "ours"),
     Setting("ours-no-provisional", "ours - provisional growth", {"provisional": False}),
     Setting("ours-64-nodes", "ours - fallback: always 64 nodes", {"fallback": "full-tree", "max_nodes": 64}),

@@ -15,7 +15,7 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from llmcad_actors.bundled import DEMO, DEMO_BYTES, bundled_draft, demo_target
-from llmcad_actors.config import BUILDERS, FALLBACKS, EngineConfig, read_config
+from llmcad_actors.config import BUILDERS, FALLBACKS, READINGS, EngineConfig, read_config
 from llmcad_actors.core.budget import format_size, parse_size
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.engine import Engine
@@ -62,6 +62,9 @@ Fallback = Annotated[str | None, typer.Option(help=f"When the draft hands over: 
 Depth = Annotated[int | None, typer.Option(help="Of fixed-depth: tokens drafted in a row.")]
 Widths = Annotated[str | None, typer.Option(help="Of fixed-tree: children at each level, such as 1,1,3,1.")]
 Alpha = Annotated[float | None, typer.Option(help="Of adaptive: the first threshold of cumulative confidence.")]
+AlphaUpdate = Annotated[
+    str | None, typer.Option(help=f"Of adaptive: how the threshold follows verdicts: {', '.join(READINGS)}.")
+]
 Threshold = Annotated[float | None, typer.Option(help="Of token-confidence: hand over below it.")]
 ProvisionalGrowth = Annotated[bool | None, typer.Option(help="Go on drafting while a pass runs.", show_default="on")]
 ReadLimit = Annotated[str | None, typer.Option(help="Hold the disk reads to a rate, such as 400MB/s.")]
@@ -112,6 +115,7 @@ def job_from_options(
     depth: Depth = None,
     widths: Widths = None,
     alpha: Alpha = None,
+    alpha_update: AlphaUpdate = None,
     threshold: Threshold = None,
     provisional: ProvisionalGrowth = None,
     read_limit: ReadLimit = None,

@@ -12,6 +12,7 @@ from llmcad_actors.errors import ConfigError
 
 BUILDERS = ("best-first", "pacer")
 FALLBACKS = ("marginal", "adaptive", "fixed-depth", "fixed-tree", "token-confidence", "full-tree")
+READINGS = ("power", "average")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -30,6 +31,7 @@ class EngineConfig:
     depth: int = 4  # of fixed-depth
     widths: tuple[int, ...] = (1, 1, 3, 1, 1, 1, 1, 1)  # of fixed-tree
     alpha: float = 0.01  # of adaptive
+    alpha_update: str = "power"  # of adaptive: the reading of the paper's update rule, or "average"
     threshold: float = 0.4  # of token-confidence
     provisional: bool = True  # go on drafting while a pass runs
     batch: int = 8  # tree nodes a draft step runs
@@ -46,6 +48,7 @@ class EngineConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("builder", self.builder, BUILDERS)
         _one_of("fallback", self.fallback, FALLBACKS)
+        _one_of("alpha_update", self.alpha_update, READINGS)
         for name in ("max_nodes", "batch", "children", "depth", "read_threads", "chunk_bytes", "piece_bytes"):
             _at_least(name, getattr(self, name), 1)
         for name in ("max_context", "threads", "draft_threads"):

@@ -93,7 +93,7 @@ class Prepared:
         config = self.config
         policies: dict[str, Policy] = {
             "marginal": MarginalThroughput(),
-            "adaptive": AdaptiveConfidence(config.alpha),
+            "adaptive": AdaptiveConfidence(config.alpha, config.alpha_update),
             "fixed-depth": FixedDepth(config.depth),
             "fixed-tree": FixedTree(config.widths),
             "token-confidence": TokenConfidence(config.threshold),

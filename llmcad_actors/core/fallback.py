@@ -5,7 +5,7 @@ knows the facts of a growing tree and the costs of a round, and no model.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from llmcad_actors.core.calibration import Calibration
 from llmcad_actors.core.costs import Costs
 from llmcad_actors.core.fixed_expansion import SPECINFER_WIDTHS
 from llmcad_actors.core.growth import Growth
+from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import ROOT, TokenTree, is_below
 
 _LEAST_CONFIDENCE = 1e-9
@@ -80,7 +81,7 @@ class AdaptiveConfidence(_SubmitsAll):
     """
 
     alpha: float = 0.01
-    reading: Literal["power", "average"] = "power"
+    reading: str = "power"
 
     def should_verify(self, growth: Growth, costs: Costs) -> bool:
         return growth.exhausted or growth.best_frontier < self.alpha
@@ -163,7 +164,9 @@ class MarginalThroughput:
         return bool(later <= now)
 
     def choose_nodes(self, cumulative: np.ndarray, costs: Costs) -> int:
-        return _best_count(self.calibration.apply(cumulative), costs)
+        """Nodes that only fill up a pass's rows cost nothing."""
+        rows = np.array([padded_rows(n + 1) for n in range(len(cumulative) + 1)])
+        return _best_count(self.calibration.apply(cumulative), costs, rows - 1)
 
     def after(self, outcome: Outcome) -> Self:
         accepted = np.zeros(len(outcome.tree), np.bool_)
@@ -176,7 +179,10 @@ class MarginalThroughput:
         return growth.next_gain * corrected / max(growth.best_frontier, _LEAST_CONFIDENCE)
 
 
-def _best_count(probabilities: np.ndarray, costs: Costs) -> int:
-    """n that maximises (1 + p_1 + ... + p_n) / round(n): CaDDTree's rule, unimodal as a round is convex in n."""
+def _best_count(probabilities: np.ndarray, costs: Costs, charged: np.ndarray | None = None) -> int:
+    """n that maximises (1 + p_1 + ... + p_n) / round(n): CaDDTree's rule.
+
+    charged: what n = 0, 1, ... nodes cost, in nodes; by default as many.
+    """
     tokens = 1.0 + np.concatenate([[0.0], np.cumsum(probabilities)])
-    return int(np.argmax(tokens / costs.round_seconds(np.arange(len(tokens)))))
+    return int(np.argmax(tokens / costs.round_seconds(np.arange(len(tokens)) if charged is None else charged)))

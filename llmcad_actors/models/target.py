@@ -16,6 +16,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from llmcad_actors.core.acceptance import Choices, walk
+from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError
 from llmcad_actors.messages import PassStats, Verdict
@@ -33,16 +34,6 @@ from llmcad_actors.ports import ShardSource
 from llmcad_actors.storage.checkpoint import Checkpoint, TensorInfo
 from llmcad_actors.storage.layout import Layout, ShardSpec
 from llmcad_actors.storage.reader import read_bytes
-
-ROW_SIZES = (1, 16, 32, 64, 96, 144, 192, 256, 320, 384, 512)
-
-
-def padded_rows(rows: int) -> int:
-    """The number of rows a pass really runs: few sizes, so that the same matmul kernels run whatever the tree."""
-    for size in ROW_SIZES:
-        if rows <= size:
-            return size
-    return -(-rows // 256) * 256
 
 
 class Target:

@@ -17,6 +17,7 @@ from llmcad_actors.core.fallback import (
     outcome_of,
 )
 from llmcad_actors.core.growth import Growth
+from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import TokenTree
 from tests.core.drafting import step, trees
 
@@ -86,7 +87,7 @@ def test_alpha_stays_where_it_is_when_nothing_was_drafted() -> None:
 
 @given(trees(), st.floats(0, 1), st.sampled_from(["power", "average"]), st.data())
 def test_alpha_never_leaves_its_range(tree: TokenTree, confidence: float, reading: str, data: st.DataObject) -> None:
-    policy = AdaptiveConfidence(data.draw(st.floats(1e-9, 0.999)), reading)  # type: ignore[arg-type]
+    policy = AdaptiveConfidence(data.draw(st.floats(1e-9, 0.999)), reading)
     for _ in range(40):
         node = data.draw(st.integers(-1, len(tree) - 1)) if len(tree) else -1
         policy = policy.after(outcome_of(tree, tree.path(node), confidence))
@@ -162,7 +163,8 @@ def test_what_is_accepted_is_learnt_node_by_node() -> None:
 def test_the_number_of_nodes_submitted_has_the_best_rate(probabilities: list[float], costs: Costs) -> None:
     cumulative = np.sort(np.array(probabilities))[::-1]
     count = MarginalThroughput().choose_nodes(cumulative, costs)
-    rates = [(1 + cumulative[:n].sum()) / float(costs.round_seconds(n)) for n in range(len(cumulative) + 1)]
+    charged = [padded_rows(n + 1) - 1 for n in range(len(cumulative) + 1)]  # what a pass of n nodes really runs
+    rates = [(1 + cumulative[:n].sum()) / float(costs.round_seconds(rows)) for n, rows in enumerate(charged)]
     assert rates[count] == pytest.approx(max(rates))
 
 
@@ -171,6 +173,14 @@ def test_a_pass_bound_by_reading_takes_every_node_and_one_bound_by_computing_few
     assert MarginalThroughput().choose_nodes(cumulative, COSTS) == 100
     computing = replace(COSTS, pass_read_s=0.0, pass_node_s=0.05)
     assert 0 < MarginalThroughput().choose_nodes(cumulative, computing) < 30
+
+
+def test_a_pass_is_filled_up_to_the_rows_that_it_runs_anyhow() -> None:
+    computing = replace(COSTS, pass_read_s=0.0, pass_base_s=1.0, pass_node_s=0.01)
+    found = {
+        MarginalThroughput().choose_nodes(np.geomspace(0.9, low, 150), computing) for low in np.geomspace(1e-9, 0.1, 40)
+    }
+    assert len(found) > 3 and found <= {padded_rows(rows) - 1 for rows in range(1, 152)} | {150}
 
 
 @pytest.mark.parametrize("draft_step_s", [0.002, 0.02, 0.1, 0.3])

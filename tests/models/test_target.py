@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError, DeadlineError
-from llmcad_actors.models.target import Target, common_prefix, padded_rows
+from llmcad_actors.models.target import Target, common_prefix
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import layout_of
 from tests.fakes import MemoryShards, chain, random_trees, tokens_to

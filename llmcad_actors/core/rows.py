@@ -1,0 +1,11 @@
+"""How many rows a pass really runs: few sizes, so that the same matmul kernels run whatever the tree."""
+
+ROW_SIZES = (1, 16, 32, 48, 64, 96, 144, 192, 256, 320, 384, 512)
+
+
+def padded_rows(rows: int) -> int:
+    """The size that `rows` rows are padded to."""
+    for size in ROW_SIZES:
+        if rows <= size:
+            return size
+    return -(-rows // 256) * 256
