@@ -1,6 +1,5 @@
 """From settings to a plan: what is opened, checked and laid out before any process starts. Reads headers only."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from llmcad_actors.model_names import find_model
 from llmcad_actors.models.families import family_of
 from llmcad_actors.models.generation_rules import active_rules, ignored_rules
 from llmcad_actors.models.tokenizer import check_same_vocabulary
+from llmcad_actors.processor import cores, has_bfloat16
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import Layout, ShardSpec, layout_of
 from llmcad_actors.storage.pieces import pieces_of
@@ -148,10 +148,10 @@ class Prepared:
         if self.draft is None:
             return None
         config = self.config
-        small = self.draft.total_bytes < SMALL_DRAFT_BYTES
+        small = is_small(self.draft)
         return DraftSpec(
             path=str(self.draft.path),
-            dtype=config.dtype,
+            dtype=draft_dtype(config, self.draft),
             threads=config.draft_threads or (1 if small else cores()),
             vocab=self.layout.embedding.shape[0],
             context=min(self.context - 1, context_of(self.draft.config)),  # its last row proposes one more
@@ -203,7 +203,7 @@ def budget_inputs(
         overhead_bytes=DAEMONS + THIN_PROCESSES + TORCH_PROCESS * (1 if draft is None else 2),
         draft_weights=0
         if draft is None
-        else draft.total_bytes * compute_bytes(draft, config.dtype) // stored_bytes(draft),
+        else draft.total_bytes * compute_bytes(draft, draft_dtype(config, draft)) // stored_bytes(draft),
         draft_kv=0 if draft is None else draft_cache_bytes(draft, config, context),
         target_resident=sum(i.nbytes for i in layout.resident) * width // stored_bytes(target) + EMBEDDING_CACHE_BYTES,
         target_kv=kv_bytes(target.config, context + 2 * config.max_nodes, width),
@@ -221,7 +221,7 @@ def budget_shard(spec: ShardSpec, piece_bytes: int) -> Shard:
 
 def draft_cache_bytes(draft: Checkpoint, config: EngineConfig, context: int) -> int:
     """Keys, values and the ancestor mask of the draft."""
-    width = compute_bytes(draft, config.dtype)
+    width = compute_bytes(draft, draft_dtype(config, draft))
     return kv_bytes(draft.config, context + DRAFT_SLOTS, width) + DRAFT_SLOTS * DRAFT_SLOTS * width
 
 
@@ -258,6 +258,16 @@ def context_of(config: Mapping[str, Any]) -> int:
     return family_of(config).context(config)
 
 
+def is_small(draft: Checkpoint) -> bool:
+    """A draft whose step one core runs in some milliseconds."""
+    return draft.total_bytes < SMALL_DRAFT_BYTES
+
+
+def draft_dtype(config: EngineConfig, draft: Checkpoint) -> str:
+    """The type the draft computes in. Its numbers need not be anyone's: a small one takes the faster type."""
+    return "float32" if config.dtype == "auto" and is_small(draft) and not has_bfloat16() else config.dtype
+
+
 def stored_bytes(checkpoint: Checkpoint) -> int:
     """Bytes per stored number."""
     return 4 if checkpoint.dtype == "F32" else 2
@@ -266,7 +276,3 @@ def stored_bytes(checkpoint: Checkpoint) -> int:
 def compute_bytes(checkpoint: Checkpoint, asked: str) -> int:
     """Bytes per number while computing."""
     return {"float32": 4, "bfloat16": 2, "auto": stored_bytes(checkpoint)}[asked]
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
