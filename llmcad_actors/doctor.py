@@ -16,14 +16,15 @@ import psutil
 from packaging.requirements import Requirement
 
 from llmcad_actors.bundled import cache_folder
-from llmcad_actors.core.budget import LEAST_STORE_BYTES, STORE_SLACK_BYTES, format_size
+from llmcad_actors.config import EngineConfig
+from llmcad_actors.core.budget import LEAST_STORE_BYTES, STORE_SLACK_BYTES, format_size, window_bytes
 from llmcad_actors.doctor_child import run_module
 from llmcad_actors.doctor_disk import QUICK, Effort, measure_disk, parts_of, probe_file
 from llmcad_actors.doctor_figures import ComputeFigures, DiskFigures, keep
 from llmcad_actors.doctor_orphans import find_orphans
 from llmcad_actors.errors import ConfigError, LlmcadError, StorageError
 from llmcad_actors.limits import MemoryLimit, enlarging, memory_limit, shared_memory
-from llmcad_actors.planning import DAEMONS, THIN_PROCESSES, TORCH_PROCESS
+from llmcad_actors.planning import DAEMONS, THIN_PROCESSES, TORCH_PROCESS, budget_shard
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import layout_of
 
@@ -114,8 +115,9 @@ def store_needs(path: Path) -> int:
     """Bytes of the object store for the checkpoint at `path`, or the least that Ray makes."""
     if not (path / "config.json").exists():
         return LEAST_STORE_BYTES
-    sizes = sorted(shard.nbytes for shard in layout_of(Checkpoint.open(path)).shards)
-    return max(sum(sizes[-2:]) + STORE_SLACK_BYTES, LEAST_STORE_BYTES)
+    piece_bytes = EngineConfig(target=str(path)).piece_bytes
+    shards = [budget_shard(spec, piece_bytes) for spec in layout_of(Checkpoint.open(path)).shards]
+    return max(window_bytes(shards, shards) + STORE_SLACK_BYTES, LEAST_STORE_BYTES)
 
 
 def check_memory(report: Report, limit: MemoryLimit) -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import Policy, outcome_of
-from llmcad_actors.core.provisional import Patience
+from llmcad_actors.core.provisional import Patience, Round
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.messages import Event, Finished, Grown, Provisional, Request, Submission, Tokens, Verdict
@@ -48,9 +48,10 @@ async def decode(
         helper = drafter if request.provisional and not patience.is_over else None
         verdict, ahead = await verify_while_growing(grown.tree, verifier, helper, clock)
 
-        patience = patience.after(ahead.late_s, verdict.stats.seconds)
         policy = policy.after(outcome_of(grown.tree, verdict.path, grown.confidence))
         costs = costs.after(grown, verdict)
+        times = verdict.stats
+        patience = patience.after(Round(times.seconds, ahead.late_s, times.stall_s, costs.draft_step_s))
         ids = new_tokens(grown.tree, verdict)[:left]
         stopped = verdict.stopped and len(ids) == len(verdict.path) + 1  # the stop token itself was not cut off
         left -= len(ids)

@@ -86,7 +86,7 @@ class FunctionVerifier:
         choices = [self._choose((*self._tokens, *tokens_to(tree, node))) for node in range(ROOT, len(tree))]
         accepted = walk(tree, choices, self._stop)
         self._tokens += accepted.emitted(tree)
-        stats = PassStats(seconds=self._seconds, stall_s=0.25, compute_s=0.75, rows=len(tree) + 1)
+        stats = PassStats(seconds=self._seconds, stall_s=0.75 * self._seconds, compute_s=0.25 * self._seconds, rows=len(tree) + 1)
         return Verdict(accepted.path, accepted.bonus, accepted.stopped, stats)
 
 

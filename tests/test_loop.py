@@ -108,8 +108,8 @@ def test_statistics_count_what_happened(kind: str, provisional: bool) -> None:
     assert last.stats.new_tokens == 20
     assert last.stats.tokens_per_pass == 20 / passes
     assert last.stats.verified_nodes == sum(len(tree) for tree in verifier.trees)
-    assert last.stats.compute_seconds == 0.75 * passes
-    assert last.stats.stall_seconds == 0.25 * passes
+    assert last.stats.compute_seconds == 25.0 * passes
+    assert last.stats.stall_seconds == 75.0 * passes
     assert 20 <= last.stats.accepted_tokens + passes < 20 + 5
     assert 0 < last.stats.time_to_first_token_s < last.stats.seconds
     assert [s.target_passes for s in stats] == list(range(1, passes + 1))

@@ -132,9 +132,7 @@ def _split(inputs: BudgetInputs, pinned: frozenset[int], cap_bytes: int) -> Memo
     shards = inputs.shards
     kept = [shard for i, shard in enumerate(shards) if i in pinned]
     streamed = [shard for i, shard in enumerate(shards) if i not in pinned]
-    largest_two = sorted(shard.room for shard in streamed)[-2:]
-    window = max(sum(largest_two), max((shard.room for shard in shards), default=0))
-    window += max((shard.piece for shard in shards), default=0)
+    window = window_bytes(streamed, shards)
     return MemoryPlan(
         cap_bytes=cap_bytes,
         overhead_bytes=inputs.overhead_bytes,
@@ -150,6 +148,13 @@ def _split(inputs: BudgetInputs, pinned: frozenset[int], cap_bytes: int) -> Memo
         pinned=tuple(shard.name for shard in kept),
         streamed=tuple(shard.name for shard in streamed),
     )
+
+
+def window_bytes(streamed: Sequence[Shard], shards: Sequence[Shard]) -> int:
+    """The window through which `streamed` pass every time, and all `shards` once."""
+    largest_two = sorted(shard.room for shard in streamed)[-2:]
+    window = max(sum(largest_two), max((shard.room for shard in shards), default=0))
+    return window + max((shard.piece for shard in shards), default=0)
 
 
 def _refusal(least: MemoryPlan) -> str:

@@ -1,32 +1,51 @@
-"""Whether drafting ahead is worth it: it must not hold up the verdict.
+"""Whether drafting ahead is worth it: it must cost the pass next to nothing, or save much.
 
-Drafting during a pass takes only what the others leave of the cores. On a machine that other programs keep busy that
-is next to nothing, and a draft step that was begun may outlast the pass by far. Then the next passes go without.
+Drafting during a pass takes only what the others leave of the cores. Two cases leave nothing. On a machine that other
+programs keep busy, a draft step that was begun may outlast the pass by far. And a pass that is bound by computing, not
+by reading, needs all cores itself: what drafting ahead saves of a cheap draft is less than what it takes away.
 """
 
 from dataclasses import dataclass
 from typing import Self
 
 TOLERATED_SHARE = 0.1  # of a pass, that the verdict may wait for a draft step to end
+LEAST_WAIT_SHARE = 0.2  # of a pass, that it waits for the disk: less is a pass bound by computing
+DEAR_STEP_SHARE = 0.02  # of a pass, that a draft step takes: such a draft is worth some slowness
 LONGEST_PAUSE = 32  # passes
 
 
 @dataclass(frozen=True, slots=True)
+class Round:
+    """What a pass with drafting beside it showed, in seconds."""
+
+    pass_s: float
+    late_s: float = 0.0  # the verdict waited for a draft step to end
+    stall_s: float = 0.0  # the pass waited for the disk
+    draft_step_s: float = 0.0
+
+    @property
+    def was_worth_it(self) -> bool:
+        in_time = self.late_s <= TOLERATED_SHARE * self.pass_s
+        has_room = self.stall_s >= LEAST_WAIT_SHARE * self.pass_s
+        return in_time and (has_room or self.draft_step_s >= DEAR_STEP_SHARE * self.pass_s)
+
+
+@dataclass(frozen=True, slots=True)
 class Patience:
-    """How long drafting ahead pauses; each delay in a row doubles the pause."""
+    """How long drafting ahead pauses; each disappointment in a row doubles the pause."""
 
     pause: int = 0  # passes still to go without
-    delays: int = 0  # in a row
+    disappointments: int = 0  # in a row
 
     @property
     def is_over(self) -> bool:
         """Drafting ahead pauses."""
         return self.pause > 0
 
-    def after(self, late_s: float, pass_s: float) -> Self:
-        """After a pass of `pass_s` whose verdict waited `late_s` for the draft."""
+    def after(self, last: Round) -> Self:
+        """After a pass; one that went without drafting shows nothing."""
         if self.is_over:
-            return type(self)(self.pause - 1, self.delays)
-        if late_s <= TOLERATED_SHARE * pass_s:
+            return type(self)(self.pause - 1, self.disappointments)
+        if last.was_worth_it:
             return type(self)()
-        return type(self)(min(2 ** (self.delays + 1), LONGEST_PAUSE), self.delays + 1)
+        return type(self)(min(2 ** (self.disappointments + 1), LONGEST_PAUSE), self.disappointments + 1)

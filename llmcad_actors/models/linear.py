@@ -6,22 +6,19 @@ multiplied there. Sums are formed in float32 and rounded once, as by bfloat16 in
 """
 
 import functools
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llmcad_actors.processor import has_bfloat16
+
 BLOCK_BYTES = 4 << 20
 """Of widened weights: few enough to stay in the last cache, enough to keep two cores busy."""
 
 NATIVE_ROWS = 1
 """For so few rows torch has a kernel of its own that is bound by memory, not by arithmetic."""
-
-_PROBE_ROWS, _PROBE_OUT, _PROBE_IN = 16, 1024, 1024
-_CLEARLY = 1.5
-
 
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """rows [..., in], weight [out, in] as stored, bias [out] or None -> [..., out] in the type of `rows`."""
@@ -39,38 +36,39 @@ def converted(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return F.linear(rows, weight.to(rows.dtype), bias)
 
 
-def widened(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear` in float32, rounded once to the type of `rows`."""
-    if rows.dtype == weight.dtype and (rows.dtype == torch.float32 or rows.numel() <= NATIVE_ROWS * rows.shape[-1]):
-        return F.linear(rows, weight, bias)
-    columns = rows.reshape(-1, rows.shape[-1]).float().t()
-    wide = torch.empty(weight.shape[0], columns.shape[1])
-    step = max(1, BLOCK_BYTES // (4 * weight.shape[1]))
-    block = torch.empty(min(step, weight.shape[0]), weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        narrow = weight[start : start + step]
-        torch.mm(block[: len(narrow)].copy_(narrow), columns, out=wide[start : start + step])
-    result = wide.t() if bias is None else wide.t() + bias
-    return result.to(rows.dtype).contiguous().view(*rows.shape[:-1], weight.shape[0])
+class _Widened:
+    """`F.linear` in float32, rounded once to the type of `rows`. Keeps its block: fresh memory costs more than sums."""
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0)
+
+    def __call__(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        is_one = rows.numel() <= NATIVE_ROWS * rows.shape[-1]
+        if rows.dtype == weight.dtype and (rows.dtype == torch.float32 or is_one):
+            return F.linear(rows, weight, bias)
+        columns = rows.reshape(-1, rows.shape[-1]).float().t()
+        wide = torch.empty(weight.shape[0], columns.shape[1])
+        step = min(weight.shape[0], max(1, BLOCK_BYTES // (4 * weight.shape[1])))
+        block = self._take(step, weight.shape[1])
+        for start in range(0, weight.shape[0], step):
+            narrow = weight[start : start + step]
+            torch.mm(block[: len(narrow)].copy_(narrow), columns, out=wide[start : start + step])
+        result = wide.t() if bias is None else wide.t() + bias
+        return result.to(rows.dtype).contiguous().view(*rows.shape[:-1], weight.shape[0])
+
+    def _take(self, rows: int, columns: int) -> torch.Tensor:
+        if self._block.numel() < rows * columns:
+            self._block = torch.empty(rows * columns)
+        return self._block[: rows * columns].view(rows, columns)
 
 
-@functools.cache
+widened = _Widened()
+"""One thread at a time."""
+
+
 def widening_pays(dtype: torch.dtype) -> bool:
-    """Whether `widened` is clearly faster than torch's own for `dtype` on this machine, as measured once (some ms)."""
-    if dtype == torch.float32:
-        return False
-    rows, weight = torch.ones(_PROBE_ROWS, _PROBE_IN, dtype=dtype), torch.ones(_PROBE_OUT, _PROBE_IN, dtype=dtype)
-    return _seconds(lambda: F.linear(rows, weight)) > _CLEARLY * _seconds(lambda: widened(rows, weight))
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    work()
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times)
+    """Whether `widened` beats torch's own for `dtype` on this machine."""
+    return dtype == torch.bfloat16 and not has_bfloat16()
 
 
 def install(model: nn.Module, how: Linear) -> frozenset[str]:
