@@ -20,7 +20,7 @@ T5 = IDS | {
     "d_model": 48,
     "d_kv": 16,  # not a sixth of the width
     "d_ff": 88,
-    "num_layers": 3,
+    "num_layers": 5,  # not fewer than the decoder's: there transformers' own `generate` breaks
     "num_decoder_layers": 4,
     "num_heads": 6,
     "relative_attention_num_buckets": 12,
@@ -29,7 +29,7 @@ T5 = IDS | {
 }
 BART = IDS | {
     "d_model": 48,
-    "encoder_layers": 3,
+    "encoder_layers": 5,
     "decoder_layers": 4,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 6,
@@ -50,6 +50,8 @@ class Case:
     fields: dict[str, Any]
     generation: dict[str, Any] = field(default_factory=dict)
     has_head: bool = False
+    embedding: float = 0.05  # spread of the embedding; what is not repetitive differs from family to family
+    spread: float = 0.3  # of the other matrices
 
     def save(self, path: Path, *, seed: int = 0, noise: float = 0.0, dtype: torch.dtype = torch.float32) -> Path:
         """A checkpoint of random weights; `noise`, relative to them, goes on top."""
@@ -62,7 +64,8 @@ class Case:
         embedding = model.get_input_embeddings().weight
         for relative in (1.0, noise):
             for tensor in (*model.parameters(), *bias):
-                spread = 0.05 if tensor is embedding else 0.3 if tensor.ndim > 1 else 0.1
+                spread = self.spread if tensor.ndim > 1 else 0.1
+                spread = self.embedding if tensor is embedding else 0.05 if bias and tensor is bias[0] else spread
                 tensor.data.add_(torch.randn_like(tensor) * spread * relative)
         for name, value in self.generation.items():
             setattr(model.generation_config, name, value)
@@ -78,12 +81,18 @@ class Case:
 GATED = {"feed_forward_proj": "gated-gelu"}
 CASES: dict[str, Case] = {
     "t5": Case("t5", T5),
-    "t5, version 1.1": Case("t5", T5 | GATED | {"tie_word_embeddings": False}, has_head=True),
-    "mt5": Case("mt5", T5 | GATED),
-    "bart": Case("bart", BART | {"forced_eos_token_id": 9}),
+    "t5, version 1.1": Case("t5", T5 | GATED | {"tie_word_embeddings": False}, has_head=True, spread=0.1),
+    "mt5": Case("mt5", T5 | GATED, {"repetition_penalty": 1.2}, spread=0.1),
+    "bart": Case("bart", BART | {"forced_eos_token_id": 9}, embedding=0.15, spread=0.12),
     "bart, forced first token": Case("bart", SCALED, {"forced_bos_token_id": 7, "no_repeat_ngram_size": 3}),
     "mbart": Case("mbart", SCALED, {"forced_bos_token_id": 5}),
-    "marian": Case("marian", SCALED | {"activation_function": "swish"}, {"bad_words_ids": [[1]]}),
+    "marian": Case(
+        "marian",
+        SCALED | {"activation_function": "swish"},
+        {"bad_words_ids": [[1]], "repetition_penalty": 1.3},
+        embedding=0.15,
+        spread=0.2,
+    ),
     "pegasus": Case("pegasus", SCALED | {"activation_function": "relu"}, {"repetition_penalty": 1.3}),
 }
 ONE_EACH = list({case.model_type: name for name, case in CASES.items()}.values())

@@ -35,7 +35,7 @@ from tests.test_lossless import local
 from tests.tiny import BYTE_VOCAB, PROMPTS, tiny_llama
 
 COUNT = 40
-NOISE = 0.05
+NOISE = 0.01
 TEXTS = (*PROMPTS[:2], "for name in sorted(os.listdir(folder)):\n    print(name)\n")
 UNPROCESSED = [name for name, case in CASES.items() if not case.generation]
 
@@ -74,7 +74,7 @@ def test_the_output_is_greedy_generation_with_a_draft_of_the_family(saved: Saved
         passes += stats.target_passes
         outputs.append(found)
     assert len(set(outputs)) == len(TEXTS)  # the decoder does look at the prompt
-    assert len(TEXTS) * COUNT > 1.3 * passes
+    assert len(TEXTS) * COUNT > 1.1 * passes
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
@@ -147,7 +147,7 @@ def half_right(plain: PlainPair, prompt: tuple[int, ...], output: tuple[int, ...
 @pytest.mark.parametrize("name", ["t5", "marian"])
 def test_the_encoder_is_read_once_a_prompt(saved: Saved, name: str) -> None:
     target, shards = target_of(saved.target(name))
-    encoder, decoder = ([f"{half}.{i}" for i in range(n)] for half, n in (("encoder", 3), ("layer", 4)))
+    encoder, decoder = ([f"{half}.{i}" for i in range(n)] for half, n in (("encoder", 5), ("layer", 4)))
     a_pass = [*decoder, "head.0"]
     for prompt, is_new in (((5, 6, 7), True), ((5, 6), True), ((5, 6), False)):
         shards.asked.clear()
@@ -194,7 +194,7 @@ def test_names_and_shapes_are_those_of_the_transformers_model(name: str) -> None
     assert parameters[family.embedding] == parameters[family.head] == family.embedding_shape(config)
     assert {*family.resident, *family.embedding_copies} <= parameters.keys()
     assert family.is_tied(config) == model.config.tie_word_embeddings
-    for prefix, count in ((family.layers, 4), (family.encoder.layers, 3)):
+    for prefix, count in ((family.layers, 4), (family.encoder.layers, 5)):
         numbers = {int(key[len(prefix) + 1 :].split(".")[0]) for key in parameters if key.startswith(f"{prefix}.")}
         assert numbers == set(range(count))
 
