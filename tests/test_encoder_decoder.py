@@ -117,7 +117,7 @@ def test_trees_of_any_shape_are_judged_as_the_plain_model_does(saved: Saved, nam
     path = saved.target(name)
     plain, (target, _) = plain_pair(path), target_of(path)
     for length in (3, 40):
-        prompt, output = random_ids(length, seed=length), ()
+        prompt, output = random_ids(length, seed=length), tuple[int, ...]()
         target.begin(prompt, ())
         for seed in range(3):
             tree = half_right(plain, prompt, output, seed)

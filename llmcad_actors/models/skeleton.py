@@ -43,8 +43,9 @@ def build_skeleton(path: Path, dtype: torch.dtype) -> nn.Module:
     with parameters_on_meta():
         model: nn.Module = auto_model(family).from_config(config, dtype=dtype)
     for module in model.modules():
-        if hasattr(module, "create_weight"):  # sinusoidal positions, which files need not hold
-            module._parameters["weight"] = module.create_weight()
+        create = getattr(module, "create_weight", None)
+        if create is not None:  # sinusoidal positions, which files need not hold
+            module._parameters["weight"] = create()
     return model.eval()
 
 
@@ -93,8 +94,8 @@ def stream_embedding(
     embedding.padding_idx = None  # local ids know none
     forward, slots = embedding.forward, Slots(embedding)
 
-    def run(ids: torch.Tensor) -> torch.Tensor:
-        weight, local = lookup(ids)
+    def run(input: torch.Tensor) -> torch.Tensor:
+        weight, local = lookup(input)
         with slots.borrowed({"weight": weight}):
             return forward(local)
 

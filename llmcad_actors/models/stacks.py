@@ -93,12 +93,13 @@ class EncoderDecoder:
         self._scale = model.config.d_model**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else None
         self._positions = TreePositions(self._decoder)
         self._prompt: tuple[int, ...] = ()
-        self._forget()
+        self._encoded: torch.Tensor | None = None  # [1, prompt, hidden]
+        self._cross = DynamicCache()
 
     def begin(self, prompt: Sequence[int]) -> tuple[int, ...]:
         if tuple(prompt) != self._prompt:
             self._prompt = tuple(prompt)
-            self._forget()
+            self._encoded, self._cross = None, DynamicCache()
         return (self._start,)
 
     def run(
@@ -116,7 +117,3 @@ class EncoderDecoder:
             )
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden if self._scale is None else hidden * self._scale
-
-    def _forget(self) -> None:
-        self._encoded: torch.Tensor | None = None  # [1, prompt, hidden]
-        self._cross = DynamicCache()
