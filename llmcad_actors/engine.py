@@ -133,8 +133,9 @@ class Engine:
         request = Request(
             ids, self._room(ids, max_new_tokens), self.prepared.stop_tokens, speculate, self.prepared.config.provisional
         )
+        context = () if self.prepared.is_encoder_decoder else ids  # what the new text goes on from
         with traced(trace, self._actors, self.prepared, request):
-            yield from self._run(request, Detokenizer(self._tokenizer, ids), StopStrings(stop), provisional)
+            yield from self._run(request, Detokenizer(self._tokenizer, context), StopStrings(stop), provisional)
 
     @property
     def stats(self) -> Stats:
@@ -232,7 +233,7 @@ class Engine:
         """New tokens that fit behind the prompt."""
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens: {max_new_tokens} must be at least 1")
-        room = self.prepared.context - len(ids)
+        room = self.prepared.room(len(ids))
         if room < 1:
             raise ConfigError(
                 f"the prompt has {len(ids)} tokens, the engine was planned for {self.prepared.context} in all; "

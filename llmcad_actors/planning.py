@@ -75,6 +75,17 @@ class Prepared:
             return ()
         return tuple(eos) if isinstance(eos, list) else (int(eos),)
 
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """The prompt goes to an encoder; the decoder's text is the output alone, behind a first token."""
+        return bool(self.layout.encoder)
+
+    def room(self, prompt_tokens: int) -> int:
+        """New tokens that fit behind a prompt; below 1: none, it is too long itself."""
+        if self.is_encoder_decoder and prompt_tokens <= self.context:
+            return self.context - 1
+        return self.context - prompt_tokens
+
     def opening(self) -> tuple[int, ...]:
         """What an empty prompt stands for: the token that begins a text. Raises `ConfigError` where there is none."""
         bos = self.target.config.get("bos_token_id")
@@ -119,6 +130,7 @@ class Prepared:
             "pinned": list(self.memory.pinned),
             "streamed": list(self.memory.streamed),
             "bytes_per_pass": self.memory.bytes_per_pass,
+            "bytes_per_prompt": self.memory.bytes_per_prompt,
             "seconds_per_pass": max(self.memory.bytes_per_pass / rate, compute_s),
         }
 
@@ -173,6 +185,7 @@ def prepare(config: EngineConfig) -> Prepared:
     draft = Checkpoint.open(find_model(config.draft)) if config.draft else None
     if draft is not None:
         layout_of(draft)
+        check_same_kind(target, draft)
         check_same_vocabulary(target.path, draft.path)
     context = config.max_context or min(context_of(target.config), DEFAULT_CONTEXT)
     if context > context_of(target.config):
@@ -183,6 +196,17 @@ def prepare(config: EngineConfig) -> Prepared:
     cap, notices = within(parse_size(config.memory, limit.limit_bytes), limit)
     memory = plan(budget_inputs(config, target, layout, draft, context), cap)
     return Prepared(config, target, layout, draft, memory, context, (*notices, *unfollowed(target)))
+
+
+def check_same_kind(target: Checkpoint, draft: Checkpoint) -> None:
+    """Raises `ConfigError` unless both have an encoder, or neither."""
+    has_encoder = [family_of(each.config).encoder is not None for each in (target, draft)]
+    if has_encoder[0] != has_encoder[1]:
+        kinds = [f"{'an encoder-decoder' if each else 'a decoder-only'} model" for each in has_encoder]
+        raise ConfigError(
+            f"draft: {draft.path} ({draft.config['model_type']}) is {kinds[1]}, and the target "
+            f"({target.config['model_type']}) is {kinds[0]}; choose a draft of the target's kind, or --draft none"
+        )
 
 
 def unfollowed(target: Checkpoint) -> tuple[str, ...]:
@@ -198,7 +222,7 @@ def budget_inputs(
 ) -> BudgetInputs:
     """What each part will take, in bytes."""
     width = compute_bytes(target, config.dtype)
-    rows = min(context, DEFAULT_CONTEXT) + config.max_nodes
+    rows = config.max_nodes + (1 if layout.encoder else min(context, DEFAULT_CONTEXT))
     return BudgetInputs(
         overhead_bytes=DAEMONS + THIN_PROCESSES + TORCH_PROCESS * (1 if draft is None else 2),
         draft_weights=0
@@ -206,29 +230,56 @@ def budget_inputs(
         else draft.total_bytes * compute_bytes(draft, draft_dtype(config, draft)) // stored_bytes(draft),
         draft_kv=0 if draft is None else draft_cache_bytes(draft, config, context),
         target_resident=sum(i.nbytes for i in layout.resident) * width // stored_bytes(target) + EMBEDDING_CACHE_BYTES,
-        target_kv=kv_bytes(target.config, context + 2 * config.max_nodes, width),
-        activations=activation_bytes(layout, target.config, rows, context, config.max_nodes, width)
-        + logits_bytes(target, layout, config.max_nodes, width),
-        shards=tuple(budget_shard(spec, config.piece_bytes) for spec in layout.shards),
+        target_kv=kv_bytes(target.config, context + 2 * config.max_nodes, width)
+        + encoded_bytes(target.config, context, width),
+        activations=max(
+            encoder_bytes(layout, target.config, context, width),
+            activation_bytes(layout, target.config, rows, context, config.max_nodes, width)
+            + logits_bytes(target, layout, config.max_nodes, width),
+        ),
+        shards=tuple(budget_shard(spec, config.piece_bytes, spec in layout.encoder) for spec in layout.shards),
     )
 
 
-def budget_shard(spec: ShardSpec, piece_bytes: int) -> Shard:
-    """A shard as the budget sees it."""
+def budget_shard(spec: ShardSpec, piece_bytes: int, once: bool = False) -> Shard:
+    """A shard as the budget sees it. once: only a prompt's first pass reads it."""
     spans = [span_bytes(piece.offset, piece.nbytes) for piece in pieces_of(spec, piece_bytes)]
-    return Shard(spec.name, spec.nbytes, sum(spans), max(spans))
+    return Shard(spec.name, spec.nbytes, sum(spans), max(spans), once)
 
 
 def draft_cache_bytes(draft: Checkpoint, config: EngineConfig, context: int) -> int:
     """Keys, values and the ancestor mask of the draft."""
     width = compute_bytes(draft, draft_dtype(config, draft))
-    return kv_bytes(draft.config, context + DRAFT_SLOTS, width) + DRAFT_SLOTS * DRAFT_SLOTS * width
+    cached = kv_bytes(draft.config, context + DRAFT_SLOTS, width) + DRAFT_SLOTS * DRAFT_SLOTS * width
+    return cached + encoded_bytes(draft.config, context, width)
 
 
 def kv_bytes(config: Mapping[str, Any], rows: int, width: int) -> int:
     """Keys and values of `rows` tokens in all layers."""
     family = family_of(config)
     return 2 * family.num_layers(config) * family.num_kv_heads(config) * family.head_dim(config) * rows * width
+
+
+def encoded_bytes(config: Mapping[str, Any], prompt: int, width: int) -> int:
+    """What an encoder leaves of a prompt: its states, and the decoder layers' keys and values of them."""
+    family = family_of(config)
+    if family.encoder is None:
+        return 0
+    return prompt * family.embedding_shape(config)[1] * width + kv_bytes(config, prompt, width)
+
+
+def encoder_bytes(layout: Layout, config: Mapping[str, Any], prompt: int, width: int) -> int:
+    """The widest moment of an encoder over a whole prompt: a layer's intermediate states, and what is added to scores.
+
+    T5 keeps a bias for each head and each pair of tokens, and lays a copy of it out in every layer.
+    """
+    if not layout.encoder:
+        return 0
+    widest = max(max(tensor.shape) for tensor in layout.encoder[0].tensors)
+    states = prompt * (4 * layout.embedding.shape[1] + 3 * widest) * width
+    if layout.family.keeps_scores:
+        states += prompt * prompt * (layout.family.num_heads(config) * 2 * width + 4 * 8)
+    return states
 
 
 def activation_bytes(

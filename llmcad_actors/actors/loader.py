@@ -53,7 +53,10 @@ class _Shard:
 
 
 class Loader:
-    """Reads a prelude of shards once, then a cycle of shards for ever."""
+    """Reads a prelude of shards once, then a cycle of shards for ever; before it, when asked to, an opening.
+
+    The opening is what only a prompt's first pass needs: an encoder's shards.
+    """
 
     def __init__(
         self,
@@ -80,16 +83,33 @@ class Loader:
         self._error: LlmcadError | None = None
         self._thread: threading.Thread | None = None
         self._cycle: tuple[ShardSpec, ...] = ()
+        self._opening: tuple[ShardSpec, ...] = ()
+        self._is_opening_due = False  # the schedule has yet to turn to it
+        self._is_opening_ahead = False  # due, or on its way: its first shard has not been lent
         self._last: _Shard | None = None
 
-    def start(self, prelude: Sequence[ShardSpec], cycle: Sequence[ShardSpec]) -> None:
-        """Begin to read: `prelude` once, then `cycle` round and round (an empty cycle ends the reading)."""
-        needed = max((room_bytes(spec, self._piece_bytes) for spec in (*prelude, *cycle)), default=0)
+    def start(
+        self, prelude: Sequence[ShardSpec], cycle: Sequence[ShardSpec], opening: Sequence[ShardSpec] = ()
+    ) -> None:
+        """Begin to read: `prelude` once, `opening`, then `cycle` round and round (without either, reading ends)."""
+        specs = (*prelude, *opening, *cycle)
+        needed = max((room_bytes(spec, self._piece_bytes) for spec in specs), default=0)
         if needed > self._window.size:
             raise OverBudgetError(f"a shard that takes {needed} bytes does not fit the window of {self._window.size}")
-        self._cycle = tuple(cycle)
-        self._thread = threading.Thread(target=self._guarded, args=(_schedule(prelude, cycle),), daemon=True)
+        self._cycle, self._opening = tuple(cycle), tuple(opening)
+        self._is_opening_due = self._is_opening_ahead = bool(opening)
+        self._thread = threading.Thread(target=self._guarded, args=(self._schedule(tuple(prelude)),), daemon=True)
         self._thread.start()
+
+    def open(self) -> None:
+        """Turn to the opening, and then to the cycle's beginning. Shards that were read ahead are lent before it.
+
+        Nothing changes while the opening's first shard is still to be lent.
+        """
+        with self._state:
+            if not self._is_opening_ahead:
+                self._is_opening_due = self._is_opening_ahead = True
+                self._state.notify_all()
 
     def next(self, timeout_s: float) -> tuple[int, str, tuple[Place, ...]]:
         """Lease the next shard: (lease id, shard name, where its tensors lie in the window). One call at a time."""
@@ -112,8 +132,10 @@ class Loader:
     def progress(self) -> Progress:
         with self._state:
             name = self._last.spec.name if self._last else ""
-        index = next((i for i, spec in enumerate(self._cycle) if spec.name == name), 0)
-        return Progress(name, index, len(self._cycle), self._reader.bytes_read, self._reader.busy_s)
+        names = [[spec.name for spec in specs] for specs in (self._opening, self._cycle)]
+        around = names[0] if name in names[0] else names[1]
+        index = around.index(name) if name in around else 0
+        return Progress(name, index, len(around), self._reader.bytes_read, self._reader.busy_s)
 
     def close(self) -> None:
         """Stop reading, end all leases, join the threads."""
@@ -144,6 +166,8 @@ class Loader:
             self._submitted.popleft()
             self._num_given += 1
             self._leased[shard.lease] = self._last = shard
+            if shard.spec in self._opening[:1]:
+                self._is_opening_ahead = False
         for read in shard.reads:
             began, ended = read.pending.began, read.pending.ended
             self._recorder.add("read", began, ended, shard=shard.spec.name, bytes=read.piece.nbytes)
@@ -205,15 +229,26 @@ class Loader:
                 self._state.wait()
         raise _ClosedError
 
+    def _schedule(self, prelude: tuple[ShardSpec, ...]) -> Iterator[ShardSpec]:
+        yield from prelude
+        while self._cycle or self._opening:
+            for spec in (*self._due_opening(), *self._cycle):
+                if self._is_opening_due:
+                    break
+                yield spec
+
+    def _due_opening(self) -> tuple[ShardSpec, ...]:
+        """The opening if it is due; without a cycle, waits until it is."""
+        with self._state:
+            self._state.wait_for(lambda: self._closed or self._is_opening_due or bool(self._cycle))
+            if self._closed:
+                raise _ClosedError
+            is_due, self._is_opening_due = self._is_opening_due, False
+        return self._opening if is_due else ()
+
 
 class _ClosedError(Exception):
     pass
-
-
-def _schedule(prelude: Sequence[ShardSpec], cycle: Sequence[ShardSpec]) -> Iterator[ShardSpec]:
-    yield from prelude
-    while cycle:
-        yield from cycle
 
 
 class LoaderActor:
@@ -226,7 +261,8 @@ class LoaderActor:
         reader = ParallelReader(setup.threads, setup.chunk_bytes, limit)
         pinned = set(setup.pinned)
         self._prelude = [spec for spec in layout.shards if spec.name in pinned]
-        self._cycle = [spec for spec in layout.shards if spec.name not in pinned]
+        self._opening = [spec for spec in layout.encoder if spec.name not in pinned]
+        self._cycle = [spec for spec in (*layout.layers, *layout.head) if spec.name not in pinned]
         self._recorder = Recorder("loader", time.monotonic)
         self._arena = Arena(setup.window_bytes)
         self._loader = Loader(
@@ -242,7 +278,10 @@ class LoaderActor:
         return self._arena.handle()
 
     def start(self) -> None:
-        self._loader.start(self._prelude, self._cycle)
+        self._loader.start(self._prelude, self._cycle, self._opening)
+
+    def open(self) -> None:
+        self._loader.open()
 
     def next(self, timeout_s: float) -> tuple[int, str, tuple[Place, ...]]:
         return self._loader.next(timeout_s)

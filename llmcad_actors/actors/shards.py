@@ -36,10 +36,11 @@ class PinnedShard:
 class LeasedShards:
     """A `ShardSource` over the loader actor. One lease is asked for ahead of the one in use."""
 
-    def __init__(self, loader: Any, num_shards: int) -> None:
-        """`num_shards`: of a pass."""
+    def __init__(self, loader: Any, num_shards: int, opening: str | None = None) -> None:
+        """`num_shards`: of a pass. opening: the first streamed shard of an encoder, which not every pass asks for."""
         self._loader = loader
         self._num_shards = num_shards
+        self._opening = opening
         self._window = mapped(fetch(loader.arena.remote(), SHARD_TIMEOUT_S, "the window"))
         self._ahead: Any = None
         self._pinned: dict[str, PinnedShard] = {}
@@ -57,6 +58,8 @@ class LeasedShards:
         if name in self._pinned:
             yield self._pinned[name].arrays
             return
+        if name == self._opening:
+            fetch(self._loader.open.remote(), SHARD_TIMEOUT_S, "the loader")
         with self._next(name, ask_ahead=True) as arrays:
             yield arrays
 

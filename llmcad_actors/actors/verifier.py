@@ -25,7 +25,8 @@ class VerifierActor:
         self._path = Path(setup.path)
         checkpoint = Checkpoint.open(self._path)
         layout = layout_of(checkpoint)
-        self._source = LeasedShards(loader, len(layout.shards))
+        opening = next((spec.name for spec in layout.encoder if spec.name not in setup.pinned), None)
+        self._source = LeasedShards(loader, len(layout.shards), opening)
         self._pinned = [spec for spec in layout.shards if spec.name in setup.pinned]
         dtype = compute_dtype(checkpoint.dtype, setup.dtype)
         self._recorder = Recorder("verifier", time.monotonic)

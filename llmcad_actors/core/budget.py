@@ -8,6 +8,8 @@ computes with and the next one being read, so room for the two largest streamed 
 does not fit behind the others. Pinned shards are loaded through it too, so it takes the largest shard of all. What
 is left pins whole shards for good: a cyclic scan makes LRU useless, a fixed set saves exactly its bytes every pass.
 
+Shards that only a prompt's first pass reads (an encoder's) are pinned last, with what the others leave.
+
 Which shards: spread evenly through the pass, so that reading goes on while a pinned shard computes. A shard bigger
 than most (the head, as a rule) may go first: without it the window is smaller. Every such choice is priced, and the
 one that streams least wins; as a larger cap allows every choice that a smaller one does, more memory never streams
@@ -36,6 +38,7 @@ class Shard(NamedTuple):
     nbytes: int
     room: int  # bytes of the window that it takes: its pieces, each widened to whole blocks
     piece: int  # the largest of them
+    once: bool = False  # read once a prompt, not in every pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class MemoryPlan:
     bytes_per_pass: int  # streamed, every pass
     pinned: tuple[str, ...]  # shard names, in the order of the pass
     streamed: tuple[str, ...]
+    bytes_per_prompt: int = 0  # streamed besides, in a prompt's first pass
 
     @property
     def store_bytes(self) -> int:
@@ -104,7 +108,7 @@ def plan(inputs: BudgetInputs, cap_bytes: int) -> MemoryPlan:
     fitting = [split for split in possible if split.total_bytes <= cap_bytes]
     if not fitting:
         raise MemoryCapError(_refusal(min(possible, key=lambda split: split.total_bytes)))
-    return min(fitting, key=lambda split: (split.bytes_per_pass, split.total_bytes))
+    return min(fitting, key=lambda split: (split.bytes_per_pass, split.bytes_per_prompt, split.total_bytes))
 
 
 def smallest_cap(inputs: BudgetInputs) -> int:
@@ -113,14 +117,21 @@ def smallest_cap(inputs: BudgetInputs) -> int:
 
 
 def _choices(shards: Sequence[Shard]) -> Iterator[frozenset[int]]:
-    """Sets of shards to pin: all above some size, and any number of the others, evenly spread."""
-    sizes = sorted(shard.nbytes for shard in shards)
+    """Sets of shards to pin: all above some size, and any number of the others, evenly spread.
+
+    Then, with all of these, any number of those that are read once a prompt.
+    """
+    every_pass = [i for i, shard in enumerate(shards) if not shard.once]
+    sizes = sorted(shards[i].nbytes for i in every_pass)
     median = sizes[len(sizes) // 2] if sizes else 0
     for least in [float("inf"), *sorted({size for size in sizes if size > median}, reverse=True)[:8]]:
-        large = [i for i, shard in enumerate(shards) if shard.nbytes >= least]
-        others = [i for i in range(len(shards)) if i not in large]
+        large = [i for i in every_pass if shards[i].nbytes >= least]
+        others = [i for i in every_pass if i not in large]
         for count in range(len(others) + 1):
             yield frozenset(large + _spread(others, count))
+    once = [i for i, shard in enumerate(shards) if shard.once]
+    for count in range(1, len(once) + 1):
+        yield frozenset(every_pass + _spread(once, count))
 
 
 def _spread(items: Sequence[int], count: int) -> list[int]:
@@ -144,7 +155,8 @@ def _split(inputs: BudgetInputs, pinned: frozenset[int], cap_bytes: int) -> Memo
         slack_bytes=max(STORE_SLACK_BYTES, LEAST_STORE_BYTES - window),
         window_bytes=window,
         pinned_bytes=sum(shard.nbytes for shard in kept),
-        bytes_per_pass=sum(shard.nbytes for shard in streamed),
+        bytes_per_pass=sum(shard.nbytes for shard in streamed if not shard.once),
+        bytes_per_prompt=sum(shard.nbytes for shard in streamed if shard.once),
         pinned=tuple(shard.name for shard in kept),
         streamed=tuple(shard.name for shard in streamed),
     )

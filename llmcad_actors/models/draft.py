@@ -12,16 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from llmcad_actors.core.costs import Costs
 from llmcad_actors.core.fallback import Policy
 from llmcad_actors.core.growth import TreeBuilder
 from llmcad_actors.core.trace import Recorder
 from llmcad_actors.messages import Grown, Submission, Verdict
+from llmcad_actors.models.families import family_of
 from llmcad_actors.models.kv_cache import TreeCache
-from llmcad_actors.models.masks import Windows
+from llmcad_actors.models.skeleton import auto_model
 from llmcad_actors.models.softcap import soft_capped, softcap_of
+from llmcad_actors.models.stacks import stack_of
 from llmcad_actors.models.target import common_prefix
 
 
@@ -33,18 +35,27 @@ class DraftModel:
 
         context, slots: rows of the cache for the committed prefix and for tree nodes.
         """
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+        config = AutoConfig.from_pretrained(path, local_files_only=True).to_dict()
+        family = family_of(config)
+        self._model = auto_model(family).from_pretrained(path, dtype=dtype, local_files_only=True).eval()
         self._base = self._model.base_model
+        self._stack = stack_of(self._model, self._model.generation_config.to_dict())
         self._head = self._model.get_output_embeddings()
-        self._vocab = min(vocab, self._model.config.get_text_config().vocab_size)
+        self._logits_bias = getattr(self._model, family.head_bias) if family.head_bias else None  # [1, vocab]
+        self._vocab = min(vocab, family.embedding_shape(config)[0])
+        self._longest = family.context(config) if family.encoder else None  # what an encoder reads
         self.slots = slots
         self._children = min(children, self._vocab)
         self._mask_dtype = dtype
-        self.cache = TreeCache(self._model.config.get_text_config().num_hidden_layers, context + slots)
+        self.cache = TreeCache(family.num_layers(config), context + slots)
         self._positions = np.zeros(context + slots, dtype=np.int64)  # of the cache's rows
-        self._windows, self._softcap = Windows.of(self._model.config), softcap_of(self._model.config)
+        self._softcap = softcap_of(self._model.config)
         self._hidden_value = torch.finfo(dtype).min
         self._ancestors = torch.full((slots, slots), self._hidden_value, dtype=dtype)
+
+    def begin(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        """Start on a prompt; returns the tokens that the decoder's text begins with."""
+        return self._stack.begin(prompt[: self._longest])
 
     @torch.inference_mode()
     def run_prefix(self, tokens: Sequence[int], start: int) -> tuple[np.ndarray, np.ndarray]:
@@ -88,18 +99,13 @@ class DraftModel:
         self._positions[start:end] = positions
         # A target with a larger padded vocabulary may say an id that is not here; the last one stands in for it.
         ids = np.minimum(np.asarray(tokens, dtype=np.int64), self._base.get_input_embeddings().num_embeddings - 1)
-        output = self._base(
-            input_ids=torch.from_numpy(ids)[None],
-            attention_mask=self._windows.masks(mask[None, None], self._positions[start:end], self._positions[:end]),
-            position_ids=torch.from_numpy(self._positions[start:end])[None],
-            past_key_values=self.cache,
-            use_cache=True,
+        return self._stack.run(
+            torch.from_numpy(ids), mask[None, None], self._positions[start:end], self._positions[:end], self.cache
         )
-        hidden: torch.Tensor = output.last_hidden_state[0]
-        return hidden
 
     def _candidates(self, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        logits = soft_capped(self._head(hidden)[:, : self._vocab], self._softcap).float()
+        logits = self._head(hidden) if self._logits_bias is None else self._head(hidden) + self._logits_bias
+        logits = soft_capped(logits[:, : self._vocab], self._softcap).float()
         values, tokens = logits.topk(self._children, dim=-1)
         return tokens.numpy(), (values - logits.logsumexp(dim=-1, keepdim=True)).numpy()
 
@@ -129,9 +135,10 @@ class Draft:
 
     def begin(self, prompt: Sequence[int]) -> None:
         """Start on a prompt; the cached prefix it shares with the previous one is kept."""
-        shared = common_prefix(self._tokens[: self._committed], prompt[:-1])
+        text = self._model.begin(prompt)
+        shared = common_prefix(self._tokens[: self._committed], text[:-1])
         self._model.cache.keep(shared, ())
-        self._committed, self._tokens = shared, list(prompt)
+        self._committed, self._tokens = shared, list(text)
         self._builder.reset()
 
     def grow(self, verdict: Verdict | None, policy: Policy, costs: Costs) -> Submission:

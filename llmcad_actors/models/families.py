@@ -7,6 +7,7 @@ tensor names decide everything.
 from dataclasses import replace
 
 from llmcad_actors.errors import CheckpointError
+from llmcad_actors.models.encoder_decoder_families import ENCODER_DECODER_FAMILIES
 from llmcad_actors.models.family import Config, Family, Shapes, need
 
 __all__ = ["FAMILIES", "Config", "Family", "Shapes", "family_of", "need"]
@@ -174,6 +175,7 @@ FAMILIES = (
         base="gpt_neox.",
         resident=("gpt_neox.final_layer_norm.weight", "gpt_neox.final_layer_norm.bias"),
     ),
+    *ENCODER_DECODER_FAMILIES,
 )
 
 

@@ -15,6 +15,14 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Encoder:
+    """The half of an encoder-decoder model that reads the prompt, once."""
+
+    layers: str  # prefix of its layers: "encoder.block"
+    num_layers_key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One architecture's names. Sizes are read through the config keys named here."""
 
@@ -23,13 +31,21 @@ class Family:
     embedding: str  # "model.embed_tokens.weight"
     head: str = "lm_head.weight"  # absent from the file when tied: the embedding is the head
     head_aliases: tuple[str, ...] = ()  # other names files store the head under
+    head_bias: str | None = None  # what is added to the logits; None: the head's own bias, if there is one
+    embedding_copies: tuple[str, ...] = ()  # the embedding under other names; a file may hold any of them
+    unused: tuple[str, ...] = ()  # parameters that old files hold and no model has
+    encoder: Encoder | None = None  # None: a decoder alone
+    first_layer_only: tuple[str, ...] = ()  # leaves that the first layer has beyond the others'
+    converted: tuple[str, ...] = ()  # ends of linear layers' names whose weights must be in the computing type
     base: str = "model."  # leading part of the names above that some files replace ...
     base_aliases: tuple[str, ...] = ("",)  # ... by one of these
     resident: tuple[str, ...] = ()  # parameters outside layers, embedding and head that must be there
     is_tied_by_default: bool = False  # transformers' default when config.json does not say
+    is_always_tied: bool = False  # whatever config.json says, unless the file holds a head
     num_layers_key: str = "num_hidden_layers"
     num_heads_key: str = "num_attention_heads"
     num_kv_heads_of: Callable[[Config], int] | None = None  # heads in the cache; None: num_key_value_heads
+    head_dim_key: str = "head_dim"
     head_dim_default: int | None = None  # None: hidden size / heads
     hidden_keys: tuple[str, ...] = ("hidden_size",)  # width of embedding and head: the first key present
     context_key: str = "max_position_embeddings"
@@ -42,8 +58,19 @@ class Family:
     block: tuple[str, str] | None = None  # what the file calls the experts' module, and what the model does
     layer_shapes: Callable[[Config], Shapes] | None = None  # leaf -> shape; None: all like layer 0
 
+    @property
+    def layer_lists(self) -> tuple[str, ...]:
+        """Prefixes of the layers, the encoder's last."""
+        return (self.layers,) if self.encoder is None else (self.layers, self.encoder.layers)
+
     def num_layers(self, config: Config) -> int:
+        """Decoder layers; as many as the encoder's where config.json does not say."""
+        if self.encoder is not None and config.get(self.num_layers_key) is None:
+            return self.num_encoder_layers(config)
         return need(config, self.num_layers_key)
+
+    def num_encoder_layers(self, config: Config) -> int:
+        return 0 if self.encoder is None else need(config, self.encoder.num_layers_key)
 
     def num_heads(self, config: Config) -> int:
         return need(config, self.num_heads_key)
@@ -56,8 +83,8 @@ class Family:
 
     def head_dim(self, config: Config) -> int:
         """Width of one attention head."""
-        if config.get("head_dim") is not None:
-            return need(config, "head_dim")
+        if config.get(self.head_dim_key) is not None:
+            return need(config, self.head_dim_key)
         return self.head_dim_default or need(config, self.hidden_keys[-1]) // self.num_heads(config)
 
     def context(self, config: Config) -> int:
@@ -82,7 +109,7 @@ class Family:
         return need(config, "vocab_size"), need(config, width)
 
     def is_tied(self, config: Config) -> bool:
-        return bool(config.get("tie_word_embeddings", self.is_tied_by_default))
+        return self.is_always_tied or bool(config.get("tie_word_embeddings", self.is_tied_by_default))
 
     def stored_base(self, names: Iterable[str]) -> str:
         """What stands for `base` in a file that holds these tensor names."""

@@ -1,6 +1,6 @@
 """A transformers model without weights: parameters on the meta device, buffers real.
 
-Each decoder layer borrows its weights while it runs (`borrowed`) and keeps none afterwards. The skeleton does not
+Each layer borrows its weights while it runs (`borrowed`) and keeps none afterwards. The skeleton does not
 know where weights come from, nor what a tree is.
 """
 
@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from llmcad_actors.models.families import family_of
+from llmcad_actors.models.family import Family
 
 
 @contextlib.contextmanager
@@ -36,11 +37,21 @@ def parameters_on_meta() -> Iterator[None]:
 def build_skeleton(path: Path, dtype: torch.dtype) -> nn.Module:
     """The model of the checkpoint at `path`, in eval mode, computing in `dtype`, holding no weights."""
     config = AutoConfig.from_pretrained(path, local_files_only=True)
-    if family_of(config.to_dict()).experts:
+    family = family_of(config.to_dict())
+    if family.experts:
         config._experts_implementation = "eager"  # asks for one expert after the other: models/experts.py
     with parameters_on_meta():
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: nn.Module = auto_model(family).from_config(config, dtype=dtype)
+    for module in model.modules():
+        create = getattr(module, "create_weight", None)
+        if create is not None:  # sinusoidal positions, which files need not hold
+            module._parameters["weight"] = create()
     return model.eval()
+
+
+def auto_model(family: Family) -> Any:
+    """transformers' class that builds and loads models of the family."""
+    return AutoModelForCausalLM if family.encoder is None else AutoModelForSeq2SeqLM
 
 
 class Slots:
@@ -74,6 +85,21 @@ class Slots:
             yield
         finally:
             self.clear()
+
+
+def stream_embedding(
+    embedding: nn.Embedding, lookup: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Make an embedding look its ids up in the small table that `lookup` gives: (weight, ids local to it)."""
+    embedding.padding_idx = None  # local ids know none
+    forward, slots = embedding.forward, Slots(embedding)
+
+    def run(input: torch.Tensor) -> torch.Tensor:
+        weight, local = lookup(input)
+        with slots.borrowed({"weight": weight}):
+            return forward(local)
+
+    embedding.forward = run  # type: ignore[method-assign]
 
 
 def stream_layers(

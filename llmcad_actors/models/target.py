@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from llmcad_actors.messages import PassStats, Verdict
 from llmcad_actors.models import linear
 from llmcad_actors.models.embedding import EmbeddingRows
 from llmcad_actors.models.experts import shapes_with_experts, with_experts
+from llmcad_actors.models.family import Family
 from llmcad_actors.models.generation_rules import active_rules
 from llmcad_actors.models.kv_cache import TreeCache
-from llmcad_actors.models.masks import Windows
 from llmcad_actors.models.processors import PathChoices, make_processors
-from llmcad_actors.models.skeleton import Slots, build_skeleton, stream_layers
+from llmcad_actors.models.skeleton import Slots, build_skeleton, stream_embedding, stream_layers
 from llmcad_actors.models.softcap import soft_capped, softcap_of
+from llmcad_actors.models.stacks import stack_of
 from llmcad_actors.models.tensors import DTYPES, as_tensor
 from llmcad_actors.ports import ShardSource
 from llmcad_actors.storage.checkpoint import Checkpoint, TensorInfo
@@ -53,49 +54,56 @@ class Target:
         self.source = source
         self.dtype = dtype
         self._model = model = build_skeleton(Path(checkpoint.path), dtype)
-        self._base = cast(Any, model.base_model)
-        layers = model.get_submodule(layout.family.layers)
-        assert isinstance(layers, torch.nn.ModuleList)
-        check_shapes(layers[0], layout)
         self._linear = linear.chosen(DTYPES[checkpoint.dtype], dtype)
-        self._as_stored = linear.install(layers, self._linear)
-        stream_layers(layers, self._layer_weights)
-        self._windows, self._softcap = Windows.of(model.config), softcap_of(model.config)
-        self._embedding = self._base.get_input_embeddings()
-        self._embedding.padding_idx = None  # ids are local to a pass
-        self._embedding_slots = Slots(self._embedding)
-        self._rows = EmbeddingRows(layout.embedding, dtype)
+        if layout.family.encoder is not None:
+            self._stream(layout.family.encoder.layers, layout.encoder)
+        self._stream(layout.family.layers, layout.layers)
+        self._softcap = softcap_of(model.config)
+        rows = EmbeddingRows(layout.embedding, dtype)
+        for embedding in embeddings_of(model, layout.family):
+            stream_embedding(embedding, rows.lookup)
         self._head_bias = self._load_resident()
-        self._cache = TreeCache(len(layers), capacity)
+        self._stack = stack_of(model, checkpoint.generation_settings)
+        self._cache = TreeCache(len(layout.layers), capacity)
         self._tokens: list[int] = []  # committed; the last is the root, which the cache does not hold
         self._stop: frozenset[int] = frozenset()
         self._rules = active_rules(checkpoint.generation_settings, layout.embedding.shape[0])
         self._processors = LogitsProcessorList()
         self._stall_s = 0.0
 
+    def _stream(self, name: str, specs: Sequence[ShardSpec]) -> None:
+        """The layers of the model's list `name` take their weights from `specs`."""
+        layers = self._model.get_submodule(name)
+        assert isinstance(layers, torch.nn.ModuleList)
+        check_shapes(layers[0], self.layout, specs[0])
+        converted = self.layout.family.converted
+        as_stored = frozenset(n for n in linear.install(layers, self._linear) if not n.endswith(converted))
+        stream_layers(layers, lambda index: self._layer_weights(specs[index], as_stored))
+
     def _load_resident(self) -> torch.Tensor | None:
         """Fill what is neither a layer nor the embedding nor the head; returns the head's bias, if there is one."""
+        family = self.layout.family
         slots, bias = Slots(self._model), None
-        names, filled = slots.shapes(), {self.layout.family.embedding, self.layout.family.head}
+        names, filled = slots.shapes(), {family.embedding, family.head, *family.embedding_copies}
+        filled |= {name for name, value in self._model.named_parameters() if not value.is_meta}  # computed
         for info in self.layout.resident:
             name = self.layout.parameter(info.name)
             filled.add(name)
             tensor = as_tensor(read_bytes(info), info.dtype, info.shape).to(self.dtype, copy=True)
-            if name == self.layout.family.head.replace("weight", "bias"):
-                bias = tensor
+            if name == (family.head_bias or family.head.replace("weight", "bias")):
+                bias = tensor.flatten()
             elif name in names:
                 check_shape(name, info.shape, names[name])
                 slots.fill({name: tensor})
         for name in names.keys() - filled:
-            if not name.startswith(f"{self.layout.family.layers}."):
+            if not name.startswith(tuple(f"{layers}." for layers in family.layer_lists)):
                 check_shape(name, None, names[name])
         return bias
 
     @contextmanager
-    def _layer_weights(self, index: int) -> Iterator[Mapping[str, torch.Tensor]]:
-        spec = self.layout.layers[index]
+    def _layer_weights(self, spec: ShardSpec, as_stored: frozenset[str]) -> Iterator[Mapping[str, torch.Tensor]]:
         with self._leased(spec.name, spec.tensors, self.layout.leaf) as weights:
-            for name in weights.keys() - self._as_stored:
+            for name in weights.keys() - as_stored:
                 weights[name] = weights[name].to(self.dtype)
             yield with_experts(self.layout.family, weights)
 
@@ -118,14 +126,14 @@ class Target:
 
         max_new_tokens: where a forced last token would stand; None: as many as the cache holds.
         """
-        held = self._tokens[: self._cache.length]
-        shared = common_prefix(held, prompt[:-1])
+        held, text = self._tokens[: self._cache.length], self._stack.begin(prompt)
+        shared = common_prefix(held, text[:-1])
         self._cache.keep(shared, ())
-        self._tokens = list(prompt)
+        self._tokens = list(text)
         self._stop = frozenset(stop_tokens)
-        max_length = self._cache.capacity if max_new_tokens is None else len(prompt) + max_new_tokens
+        max_length = self._cache.capacity if max_new_tokens is None else len(text) + max_new_tokens
         self._processors = make_processors(
-            self._rules, prompt_length=len(prompt), max_length=max_length, stop_tokens=stop_tokens
+            self._rules, prompt_length=len(text), max_length=max_length, stop_tokens=stop_tokens
         )
         return shared
 
@@ -156,20 +164,9 @@ class Target:
         positions = np.concatenate(
             [np.arange(self._cache.length, root + 1), root + tree.depths, np.full(padding, root)]
         )
-        weights, local = self._rows.lookup(ids)
-        with self._embedding_slots.borrowed({"weight": weights}):
-            output = self._base(
-                input_ids=local[None],
-                attention_mask=self._windows.masks(
-                    self._mask(len(pending), tree, padding),
-                    positions,
-                    np.concatenate([np.arange(self._cache.length), positions]),
-                ),
-                position_ids=torch.from_numpy(positions)[None],
-                past_key_values=self._cache,
-                use_cache=True,
-            )
-        return output.last_hidden_state[0], used + padding
+        keys = np.concatenate([np.arange(self._cache.length), positions])
+        hidden = self._stack.run(ids, self._mask(len(pending), tree, padding), positions, keys, self._cache)
+        return hidden, used + padding
 
     def _mask(self, pending: int, tree: TokenTree, padding: int) -> torch.Tensor:
         """Additive mask [1, 1, rows, cached + rows]: pending rows are causal, nodes see prefix and ancestors."""
@@ -233,13 +230,21 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     return min(len(left), len(right))
 
 
-def check_shapes(layer: torch.nn.Module, layout: Layout) -> None:
-    """The checkpoint's first layer has exactly the parameters that the architecture's layer has."""
+def embeddings_of(model: Any, family: Family) -> list[torch.nn.Embedding]:
+    """The modules that turn token ids into rows: the model's, or the encoder's and the decoder's."""
+    base = model.base_model
+    if family.encoder is None:
+        return [base.get_input_embeddings()]
+    return [base.encoder.get_input_embeddings(), base.decoder.get_input_embeddings()]
+
+
+def check_shapes(layer: torch.nn.Module, layout: Layout, spec: ShardSpec) -> None:
+    """The checkpoint's first layer, `spec`, has exactly the parameters that the architecture's layer has."""
     expected = Slots(layer).shapes()
-    stored = {layout.leaf(info.name): info.shape for info in layout.layers[0].tensors}
+    stored = {layout.leaf(info.name): info.shape for info in spec.tensors}
     found = shapes_with_experts(layout.family, stored)
     for name in sorted(expected.keys() | found.keys()):
-        check_shape(f"layer 0: {name}", found.get(name), expected.get(name))
+        check_shape(f"{spec.name.replace('.', ' ')}: {name}", found.get(name), expected.get(name))
 
 
 def check_shape(name: str, found: tuple[int, ...] | None, expected: tuple[int, ...] | None) -> None:

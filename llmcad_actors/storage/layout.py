@@ -16,9 +16,9 @@ MIN_HEAD_SLICE_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class ShardSpec:
-    """What is streamed as one unit: a decoder layer, or the head (a vocabulary slice of it)."""
+    """What is streamed as one unit: a layer, or the head (a vocabulary slice of it)."""
 
-    name: str  # "layer.0", "head.0"
+    name: str  # "encoder.0", "layer.0", "head.0"
     tensors: tuple[TensorInfo, ...]  # by (file, offset); of a head slice: its rows' range and shape
     row_start: int = 0  # head slices: the first vocabulary row
 
@@ -38,17 +38,19 @@ class Layout:
     embedding: TensorInfo
     resident: tuple[TensorInfo, ...]  # the rest: final norm, position tables, head bias; loaded once
     tied: bool  # the head is the embedding
+    encoder: tuple[ShardSpec, ...] = ()  # layers that only a prompt's first pass runs, before the others
 
     def parameter(self, tensor: str) -> str:
         """transformers' parameter name of a stored tensor name."""
         return _parameter(self.family, self.stored_base, tensor)
 
     def leaf(self, tensor: str) -> str:
-        """Name inside its decoder layer: "model.layers.3.mlp.up_proj.weight" -> "mlp.up_proj.weight"."""
-        index = _layer_index(self.family, self.parameter(tensor))
-        if index is None:
-            raise ValueError(f"{tensor} is in no decoder layer")
-        return index[1]
+        """Name inside its layer: "model.layers.3.mlp.up_proj.weight" -> "mlp.up_proj.weight"."""
+        for prefix in self.family.layer_lists:
+            index = _layer_index(prefix, self.parameter(tensor))
+            if index is not None:
+                return index[1]
+        raise ValueError(f"{tensor} is in no layer")
 
     @property
     def layer_list(self) -> str:
@@ -57,8 +59,8 @@ class Layout:
 
     @property
     def shards(self) -> tuple[ShardSpec, ...]:
-        """One pass, in order."""
-        return (*self.layers, *self.head)
+        """A prompt's first pass, in order; a later one leaves out the encoder."""
+        return (*self.encoder, *self.layers, *self.head)
 
     @property
     def streamed_bytes(self) -> int:
@@ -75,11 +77,16 @@ def layout_of(checkpoint: Checkpoint, family: Family | None = None, *, max_shard
     family, config = family or family_of(checkpoint.config), checkpoint.config
     base = family.stored_base(checkpoint.tensors)
     named = {_parameter(family, base, name): info for name, info in checkpoint.tensors.items()}
-    embedding = _pop(named, checkpoint, family.embedding)
+    embedding = _pop_embedding(named, checkpoint, family)
     _check_shape(embedding, family.embedding_shape(config))
-    leaves, rest = _split(family, named, family.num_layers(config))
-    _check_layers(checkpoint, family, leaves)
-    layers = tuple(ShardSpec(f"layer.{i}", _sorted(each.values())) for i, each in enumerate(leaves))
+    leaves, rest = _split(family.layers, named, family.num_layers(config))
+    _check_layers(checkpoint, family, family.layers, leaves)
+    layers = _shards("layer", leaves)
+    encoder: tuple[ShardSpec, ...] = ()
+    if family.encoder is not None:
+        leaves, rest = _split(family.encoder.layers, rest, family.num_encoder_layers(config))
+        _check_layers(checkpoint, family, family.encoder.layers, leaves)
+        encoder = _shards("encoder", leaves)
     # A stored head is used even where the config says tied: transformers unties when the values differ.
     tied = family.is_tied(config) and family.head not in rest
     head = embedding if tied else _pop(rest, checkpoint, family.head)
@@ -87,7 +94,7 @@ def layout_of(checkpoint: Checkpoint, family: Family | None = None, *, max_shard
     for name in family.resident:
         info = _pop(dict(rest), checkpoint, name)
         _check_shape(info, (*info.shape[:-1], need(config, family.hidden_keys[-1])))
-    limit = max_shard_bytes or max(MIN_HEAD_SLICE_BYTES, *(layer.nbytes for layer in layers))
+    limit = max_shard_bytes or max(MIN_HEAD_SLICE_BYTES, *(layer.nbytes for layer in (*encoder, *layers)))
     return Layout(
         family=family,
         stored_base=base,
@@ -96,6 +103,7 @@ def layout_of(checkpoint: Checkpoint, family: Family | None = None, *, max_shard
         embedding=embedding,
         resident=_sorted(rest.values()),
         tied=tied,
+        encoder=encoder,
     )
 
 
@@ -108,20 +116,24 @@ def _parameter(family: Family, base: str, tensor: str) -> str:
     return family.base + tensor.removeprefix(base)
 
 
-def _layer_index(family: Family, parameter: str) -> tuple[int, str] | None:
+def _layer_index(prefix: str, parameter: str) -> tuple[int, str] | None:
     """("model.layers.3.mlp.up_proj.weight") -> (3, "mlp.up_proj.weight"); None outside the layers."""
-    number, _, leaf = parameter.removeprefix(family.layers + ".").partition(".")
-    return (int(number), leaf) if parameter.startswith(family.layers + ".") and number.isdecimal() else None
+    number, _, leaf = parameter.removeprefix(prefix + ".").partition(".")
+    return (int(number), leaf) if parameter.startswith(prefix + ".") and number.isdecimal() else None
+
+
+def _shards(name: str, leaves: list[dict[str, TensorInfo]]) -> tuple[ShardSpec, ...]:
+    return tuple(ShardSpec(f"{name}.{i}", _sorted(each.values())) for i, each in enumerate(leaves))
 
 
 def _split(
-    family: Family, named: Mapping[str, TensorInfo], num_layers: int
+    prefix: str, named: Mapping[str, TensorInfo], num_layers: int
 ) -> tuple[list[dict[str, TensorInfo]], dict[str, TensorInfo]]:
     """Tensors by layer and leaf, and the rest. Layers beyond the config's count are left out."""
     leaves: list[dict[str, TensorInfo]] = [{} for _ in range(num_layers)]
     rest: dict[str, TensorInfo] = {}
     for name, info in named.items():
-        index = _layer_index(family, name)
+        index = _layer_index(prefix, name)
         if index is None:
             rest[name] = info
         elif index[0] < num_layers:
@@ -129,12 +141,17 @@ def _split(
     return leaves, rest
 
 
-def _check_layers(checkpoint: Checkpoint, family: Family, leaves: list[dict[str, TensorInfo]]) -> None:
+def _check_layers(checkpoint: Checkpoint, family: Family, layer_list: str, leaves: list[dict[str, TensorInfo]]) -> None:
+    """Every layer has the leaves and shapes that config.json gives, or those of layer 0."""
+    for leaf in family.first_layer_only:
+        if leaf not in leaves[0]:
+            raise _missing(checkpoint, f"{layer_list}.0.{leaf}", f"expected of a {family.model_types[0]} model")
+    leaves = [{leaf: info for leaf, info in leaves[0].items() if leaf not in family.first_layer_only}, *leaves[1:]]
     rule = family.layer_shapes
     expected = _expected(rule(checkpoint.config)) if rule else _as_stored(leaves[0])
     source = "config.json" if rule else "layer 0"
     for number, layer in enumerate(leaves):
-        prefix = f"{family.layers}.{number}"
+        prefix = f"{layer_list}.{number}"
         for leaf in sorted(expected.keys() - layer.keys()):
             raise _missing(checkpoint, f"{prefix}.{leaf}", f"expected by {source}")
         for leaf in sorted(layer.keys() - expected.keys()):
@@ -173,6 +190,13 @@ def _pop(named: dict[str, TensorInfo], checkpoint: Checkpoint, name: str) -> Ten
             why += " whose config.json does not tie the head to the embedding"
         raise _missing(checkpoint, name, why)
     return named.pop(name)
+
+
+def _pop_embedding(named: dict[str, TensorInfo], checkpoint: Checkpoint, family: Family) -> TensorInfo:
+    """The embedding, under whichever of its names; no copy of it is left, nor what no model has."""
+    others = [named.pop(name, None) for name in (*family.embedding_copies, *family.unused)]
+    copies = [info for info in others[: len(family.embedding_copies)] if info is not None]
+    return _pop(named, checkpoint, family.embedding) if family.embedding in named or not copies else copies[0]
 
 
 def _sorted(tensors: Iterable[TensorInfo]) -> tuple[TensorInfo, ...]:

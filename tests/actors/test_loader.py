@@ -39,14 +39,14 @@ def room_of(spec: ShardSpec) -> int:
 
 @contextmanager
 def loading(
-    prelude: tuple[ShardSpec, ...], cycle: tuple[ShardSpec, ...], *, shards: float
+    prelude: tuple[ShardSpec, ...], cycle: tuple[ShardSpec, ...], *, shards: float, opening: tuple[ShardSpec, ...] = ()
 ) -> Iterator[tuple[Loader, AlignedBuffer]]:
     """A loader whose window has room for so many of the largest shards, wherever their pieces begin."""
-    largest = max(room_of(spec) for spec in (*prelude, *cycle))
-    window = AlignedBuffer(int(shards * largest) + largest_piece(*prelude, *cycle))
+    specs = (*prelude, *opening, *cycle)
+    window = AlignedBuffer(int(shards * max(room_of(spec) for spec in specs)) + largest_piece(*specs))
     loader = Loader(window=window, piece_bytes=PIECE_BYTES, reader=ParallelReader(threads=2, chunk_bytes=4096))
     try:
-        loader.start(prelude, cycle)
+        loader.start(prelude, cycle, opening)
         yield loader, window
     finally:
         loader.close()
@@ -73,6 +73,43 @@ def test_the_prelude_comes_first_and_then_the_cycle_round_and_round(layout: Layo
             assert is_whole(spec, places, window)
             loader.release(lease)
     assert found == [spec.name for spec in (*prelude, *cycle, *cycle, *cycle)]
+
+
+def test_an_opening_comes_first_and_again_only_when_it_is_asked_for(layout: Layout) -> None:
+    """What was read ahead is lent before it, and the cycle begins anew after it."""
+    opening, cycle = layout.layers[:2], layout.layers[2:]
+    with loading((), cycle, shards=1, opening=opening) as (loader, _):
+
+        def take(count: int) -> list[str]:
+            found = []
+            for _ in range(count):
+                lease, name, _ = loader.next(SOON_S)
+                found.append(name)
+                loader.release(lease)
+            return found
+
+        loader.open()  # it is coming anyway
+        first, names = [spec.name for spec in (*opening, *cycle)], [spec.name for spec in cycle]
+        assert take(5 + 3 + 1) == [*first, *names, names[0]]
+        loader.open()
+        found = take(7)
+        stale = found.index("layer.0")
+        assert stale <= 2  # the one that the window held, and the one being put into it
+        assert found[stale:] == (first + names)[: 7 - stale]
+
+
+def test_a_loader_of_an_opening_alone_waits_until_it_is_asked_for(layout: Layout) -> None:
+    with loading((), (), shards=2, opening=layout.layers[:2]) as (loader, _):
+        for _ in range(3):
+            found = []
+            for _ in range(2):
+                lease, name, _ = loader.next(SOON_S)
+                found.append(name)
+                loader.release(lease)
+            assert found == ["layer.0", "layer.1"]
+            with pytest.raises(DeadlineError):
+                loader.next(NEVER_S)
+            loader.open()
 
 
 @settings(max_examples=12)

@@ -138,3 +138,20 @@ def test_a_refusal_says_what_needs_what() -> None:
     with pytest.raises(MemoryCapError) as refusal:
         plan(without, 200 * MB)
     assert "draft" not in str(refusal.value).splitlines()[-1]
+
+
+@given(budgets(), st.integers(1, 39), st.integers(0, 30_000 * MB), st.integers(0, 3000 * MB))
+def test_what_is_read_once_a_prompt_is_pinned_only_with_all_the_rest(
+    inputs: BudgetInputs, num_once: int, extra: int, more: int
+) -> None:
+    parts = tuple(shard._replace(once=i < num_once) for i, shard in enumerate(inputs.shards))
+    inputs = replace(inputs, shards=parts)
+    cap = smallest_cap(inputs) + extra
+    split, larger = plan(inputs, cap), plan(inputs, cap + more)
+    size = {shard.name: shard.nbytes for shard in parts}
+    once = {shard.name for shard in parts if shard.once}
+    assert split.bytes_per_pass == sum(size[name] for name in set(split.streamed) - once)
+    assert split.bytes_per_prompt == sum(size[name] for name in set(split.streamed) & once)
+    assert once.isdisjoint(split.pinned) or once.issuperset(split.streamed)
+    now, then = ((p.bytes_per_pass, p.bytes_per_prompt) for p in (split, larger))
+    assert then <= now

@@ -1,0 +1,119 @@
+"""How rows of a token tree go through a transformers model: a decoder alone, or an encoder and a decoder.
+
+Target and draft both run their rows here. A stack knows positions, masks and caches; not where weights come from.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import DynamicCache, EncoderDecoderCache
+
+from llmcad_actors.errors import CheckpointError
+from llmcad_actors.models.families import family_of
+from llmcad_actors.models.kv_cache import TreeCache
+from llmcad_actors.models.masks import Windows
+from llmcad_actors.models.tree_positions import TreePositions
+
+
+class Stack(Protocol):
+    """A model's way from token ids to final hidden states."""
+
+    def begin(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        """Start on a prompt; returns the tokens that the decoder's text begins with."""
+
+    def run(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: np.ndarray, keys: np.ndarray, cache: TreeCache
+    ) -> torch.Tensor:
+        """Final hidden states [rows, hidden] of decoder rows `ids` [rows], whose keys and values join `cache`.
+
+        mask: additive, [1, 1, rows, cached + rows]. positions, keys: of the rows [rows] and of all that they may see
+        [cached + rows].
+        """
+
+
+def stack_of(model: Any, settings: Mapping[str, Any]) -> Stack:
+    """The stack of a transformers model. settings: what decides about generating, for the decoder's first token."""
+    if family_of(model.config.to_dict()).encoder is None:
+        return DecoderOnly(model)
+    return EncoderDecoder(model, start_token(settings, model.config.to_dict()))
+
+
+def start_token(settings: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    """The token that an encoder-decoder model's output begins with, as transformers finds it.
+
+    settings: generation_config.json. Raises CheckpointError where no file names one.
+    """
+    for source in (settings, config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            if isinstance(source.get(name), int):
+                return int(source[name])
+    raise CheckpointError(
+        "neither generation_config.json nor config.json names the token that the decoder starts with "
+        "(decoder_start_token_id); write it into generation_config.json, as the model's card says"
+    )
+
+
+class DecoderOnly:
+    """The prompt is the beginning of the decoder's text."""
+
+    def __init__(self, model: Any) -> None:
+        self._base = model.base_model
+        self._windows = Windows.of(model.config)
+
+    def begin(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        return tuple(prompt)
+
+    def run(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: np.ndarray, keys: np.ndarray, cache: TreeCache
+    ) -> torch.Tensor:
+        output = self._base(
+            input_ids=ids[None],
+            attention_mask=self._windows.masks(mask, positions, keys),
+            position_ids=torch.from_numpy(positions)[None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
+
+
+class EncoderDecoder:
+    """The encoder reads the prompt, once, before the decoder's first rows; the decoder's text is the output alone.
+
+    Keys and values of the encoder's states (cross-attention) are computed in the same pass and kept with the prompt.
+    """
+
+    def __init__(self, model: Any, start: int) -> None:
+        """`start`: the token that the decoder's text begins with."""
+        base = model.base_model
+        self._encoder, self._decoder = base.encoder, base.decoder
+        self._start = start
+        self._scale = model.config.d_model**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else None
+        self._positions = TreePositions(self._decoder)
+        self._prompt: tuple[int, ...] = ()
+        self._encoded: torch.Tensor | None = None  # [1, prompt, hidden]
+        self._cross = DynamicCache()
+
+    def begin(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        if tuple(prompt) != self._prompt:
+            self._prompt = tuple(prompt)
+            self._encoded, self._cross = None, DynamicCache()
+        return (self._start,)
+
+    def run(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: np.ndarray, keys: np.ndarray, cache: TreeCache
+    ) -> torch.Tensor:
+        if self._encoded is None:
+            self._encoded = self._encoder(input_ids=torch.tensor([self._prompt])).last_hidden_state
+        with self._positions.of(positions, keys):
+            output = self._decoder(
+                input_ids=ids[None],
+                attention_mask=mask,
+                encoder_hidden_states=self._encoded,
+                past_key_values=EncoderDecoderCache(cache, self._cross),
+                use_cache=True,
+            )
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden if self._scale is None else hidden * self._scale
