@@ -30,7 +30,9 @@ class VerifierActor:
         dtype = compute_dtype(checkpoint.dtype, setup.dtype)
         self._recorder = Recorder("verifier", time.monotonic)
         source = TracedShards(self._source, self._recorder)
-        self._target = Target(checkpoint, layout, source, dtype=dtype, capacity=setup.capacity)
+        self._target = Target(
+            checkpoint, layout, source, dtype=dtype, capacity=setup.capacity, prefill_chunk=setup.prefill_chunk
+        )
 
     def ready(self) -> None:
         """Returns when the actor is up; raises what its construction raised."""

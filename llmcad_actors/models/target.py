@@ -19,7 +19,7 @@ from llmcad_actors.core.acceptance import Choices, walk
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError
 from llmcad_actors.messages import PassStats, Verdict
-from llmcad_actors.models import linear
+from llmcad_actors.models import chunks, linear
 from llmcad_actors.models.embedding import EmbeddingRows
 from llmcad_actors.models.experts import shapes_with_experts, with_experts
 from llmcad_actors.models.generation_rules import active_rules
@@ -56,8 +56,12 @@ class Target:
         *,
         dtype: torch.dtype,
         capacity: int,
+        prefill_chunk: int = 256,
     ) -> None:
-        """`capacity`: rows of the cache, context plus the padded rows of the largest pass."""
+        """`capacity`: rows of the cache, context plus the padded rows of the largest pass.
+
+        `prefill_chunk`: rows that a layer runs at a time.
+        """
         self.layout = layout
         self.source = source
         self.dtype = dtype
@@ -68,6 +72,7 @@ class Target:
         check_shapes(layers[0], layout)
         self._linear = linear.chosen(DTYPES[checkpoint.dtype], dtype)
         self._as_stored = linear.install(layers, self._linear)
+        chunks.install(model.get_submodule(layout.family.layers.rpartition(".")[0]), layers, prefill_chunk)
         stream_layers(layers, self._layer_weights)
         self._windows, self._softcap = Windows.of(model.config), softcap_of(model.config)
         self._embedding = self._base.get_input_embeddings()
@@ -169,7 +174,7 @@ class Target:
         with self._embedding_slots.borrowed({"weight": weights}):
             output = self._base(
                 input_ids=local[None],
-                attention_mask=self._windows.masks(
+                attention_mask=self._windows.chunked(
                     self._mask(len(pending), tree, padding),
                     positions,
                     np.concatenate([np.arange(self._cache.length), positions]),
@@ -180,19 +185,26 @@ class Target:
             )
         return output.last_hidden_state[0], used + padding
 
-    def _mask(self, pending: int, tree: TokenTree, padding: int) -> torch.Tensor:
-        """Additive mask [1, 1, rows, cached + rows]: pending rows are causal, nodes see prefix and ancestors."""
-        cached, rows = self._cache.length, pending + len(tree) + padding
-        visible = np.zeros((rows, cached + rows), dtype=bool)
-        visible[:, :cached] = True
-        own = visible[:, cached:]
-        own[:pending, :pending] = np.tri(pending, dtype=bool)
-        own[pending:, :pending] = True
-        used = pending + len(tree)
-        own[pending - 1 : used, pending - 1 : used] |= tree.ancestor_mask()
-        own[used:, :] |= np.eye(rows, dtype=bool)[used:]
-        mask = torch.zeros(visible.shape, dtype=self.dtype)
-        return mask.masked_fill_(torch.from_numpy(~visible), torch.finfo(self.dtype).min)[None, None]
+    def _mask(self, pending: int, tree: TokenTree, padding: int) -> chunks.BuildMask:
+        """Builds the mask of a pass: pending rows are causal, nodes see what is pending and their ancestors."""
+        cached, used = self._cache.length, pending + len(tree)
+        ancestors = tree.ancestor_mask()
+
+        def build(start: int, end: int) -> torch.Tensor:
+            visible = np.zeros((end - start, cached + end), dtype=bool)
+            visible[:, :cached] = True
+            own, row = visible[:, cached:], np.arange(start, end)
+            own[row < used, :pending] = True
+            own &= np.tri(end - start, end, start, dtype=bool)
+            first, last = max(start, pending - 1), min(end, used)
+            if first < last:
+                seen = ancestors[first - pending + 1 : last - pending + 1, : last - pending + 1]
+                own[first - start : last - start, pending - 1 : last] |= seen
+            own[row - start, row] = True
+            mask = torch.zeros(visible.shape, dtype=self.dtype)
+            return mask.masked_fill_(torch.from_numpy(~visible), torch.finfo(self.dtype).min)[None, None]
+
+        return build
 
     def _choices(self, hidden: torch.Tensor, tree: TokenTree) -> Choices:
         """The target's own next token after each row of hidden states [nodes + 1, hidden]."""
