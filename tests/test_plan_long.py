@@ -65,7 +65,7 @@ def test_a_prompt_of_4000_tokens_on_a_7b_model_fits_a_small_cap(tmp_path: Path) 
 
 @pytest.mark.skipif(not CLEAR_PEAK.exists(), reason="the kernel does not let a process forget its peak")
 def test_a_long_prompt_takes_what_the_plan_says(tmp_path: Path) -> None:
-    """Peak of a pass over 3000 tokens in a process of its own; over all rows at once it would be 125 MB."""
+    """Peak of a pass over 3000 tokens in a process of its own; over all rows at once it is 95 MB."""
     length, hidden = 3000, 256
     config = LlamaConfig(
         vocab_size=257,

@@ -82,14 +82,24 @@ class Loader:
         self._cycle: tuple[ShardSpec, ...] = ()
         self._last: _Shard | None = None
 
-    def start(self, prelude: Sequence[ShardSpec], cycle: Sequence[ShardSpec]) -> None:
-        """Begin to read: `prelude` once, then `cycle` round and round (an empty cycle ends the reading)."""
+    def start(self, prelude: Sequence[ShardSpec], cycle: Sequence[ShardSpec], order: Sequence[ShardSpec] = ()) -> None:
+        """Begin to read: `prelude` once, then `cycle` round and round (nothing while it is empty).
+
+        order: all shards of a pass, of which `stream` may choose others; default: those of the cycle.
+        """
         needed = max((room_bytes(spec, self._piece_bytes) for spec in (*prelude, *cycle)), default=0)
         if needed > self._window.size:
             raise OverBudgetError(f"a shard that takes {needed} bytes does not fit the window of {self._window.size}")
         self._cycle = tuple(cycle)
-        self._thread = threading.Thread(target=self._guarded, args=(_schedule(prelude, cycle),), daemon=True)
+        schedule = self._schedule(prelude, order or cycle)
+        self._thread = threading.Thread(target=self._guarded, args=(schedule,), daemon=True)
         self._thread.start()
+
+    def stream(self, cycle: Sequence[ShardSpec]) -> None:
+        """From the next shard on read these, in the order of the pass. What has been read ahead stays as it is."""
+        with self._state:
+            self._cycle = tuple(cycle)
+            self._state.notify_all()
 
     def next(self, timeout_s: float) -> tuple[int, str, tuple[Place, ...]]:
         """Lease the next shard: (lease id, shard name, where its tensors lie in the window). One call at a time."""
@@ -186,6 +196,15 @@ class Loader:
                 self._submitted.append(shard)
                 self._state.notify_all()
 
+    def _schedule(self, prelude: Sequence[ShardSpec], order: Sequence[ShardSpec]) -> Iterator[ShardSpec]:
+        yield from prelude
+        while not self._closed:
+            for spec in order:
+                if spec in self._cycle:
+                    yield spec
+            with self._state:
+                self._state.wait_for(lambda: self._closed or bool(self._cycle))
+
     def _await_demand(self, lease: int) -> None:
         """Without read-ahead, a shard's turn comes when it is waited for and the one before is done with."""
 
@@ -210,12 +229,6 @@ class _ClosedError(Exception):
     pass
 
 
-def _schedule(prelude: Sequence[ShardSpec], cycle: Sequence[ShardSpec]) -> Iterator[ShardSpec]:
-    yield from prelude
-    while cycle:
-        yield from cycle
-
-
 class LoaderActor:
     """The loader behind an actor. `next` may wait while `release` and `progress` are served: a threaded actor."""
 
@@ -225,6 +238,7 @@ class LoaderActor:
         limit = TokenBucket(setup.rate_limit) if setup.rate_limit else None
         reader = ParallelReader(setup.threads, setup.chunk_bytes, limit)
         pinned = set(setup.pinned)
+        self._order = layout.shards
         self._prelude = [spec for spec in layout.shards if spec.name in pinned]
         self._cycle = [spec for spec in layout.shards if spec.name not in pinned]
         self._recorder = Recorder("loader", time.monotonic)
@@ -242,7 +256,11 @@ class LoaderActor:
         return self._arena.handle()
 
     def start(self) -> None:
-        self._loader.start(self._prelude, self._cycle)
+        self._loader.start(self._prelude, self._cycle, self._order)
+
+    def stream(self, names: Sequence[str]) -> None:
+        """From now on read the shards of these names."""
+        self._loader.stream([spec for spec in self._order if spec.name in names])
 
     def next(self, timeout_s: float) -> tuple[int, str, tuple[Place, ...]]:
         return self._loader.next(timeout_s)

@@ -25,8 +25,9 @@ class VerifierActor:
         self._path = Path(setup.path)
         checkpoint = Checkpoint.open(self._path)
         layout = layout_of(checkpoint)
-        self._source = LeasedShards(loader, len(layout.shards))
+        self._source = LeasedShards(loader, [spec.name for spec in layout.shards])
         self._pinned = [spec for spec in layout.shards if spec.name in setup.pinned]
+        self._num_passes = 0
         dtype = compute_dtype(checkpoint.dtype, setup.dtype)
         self._recorder = Recorder("verifier", time.monotonic)
         source = TracedShards(self._source, self._recorder)
@@ -40,6 +41,13 @@ class VerifierActor:
     def pin(self) -> int:
         """Take the pinned shards from the loader; returns their bytes."""
         return self._source.pin(self._pinned)
+
+    def keep(self, count: int) -> tuple[int, int]:
+        """Keep so many of the pinned shards; returns how many are held now, and the passes so far.
+
+        An actor does one thing at a time: this comes between passes.
+        """
+        return self._source.keep(count), self._num_passes
 
     def tokenizer_json(self) -> str:
         from llmcad_actors.models.tokenizer import auto_tokenizer_json
@@ -58,6 +66,7 @@ class VerifierActor:
         started = self._recorder.now()
         verdict = self._target.verify(unpack(tree))
         self._recorder.add("pass", started, rows=verdict.stats.rows)
+        self._num_passes += 1
         return pack(verdict)
 
     def trace(self, keep_on: bool) -> bytes:
