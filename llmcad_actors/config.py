@@ -42,6 +42,7 @@ class EngineConfig:
     chunk_bytes: int = 8 << 20  # one read request
     piece_bytes: int = 32 << 20  # one object in the store
     read_limit: str | None = None  # "400MB/s": hold the reads to a rate
+    prefill_chunk: int = 256  # rows of a long prompt that a layer computes at once
     read_ahead: bool = True  # False, for comparison: read a shard only when it is asked for
 
     def __post_init__(self) -> None:
@@ -49,7 +50,17 @@ class EngineConfig:
         _one_of("builder", self.builder, BUILDERS)
         _one_of("fallback", self.fallback, FALLBACKS)
         _one_of("alpha_update", self.alpha_update, READINGS)
-        for name in ("max_nodes", "batch", "children", "depth", "read_threads", "chunk_bytes", "piece_bytes"):
+        counts = (
+            "max_nodes",
+            "batch",
+            "children",
+            "depth",
+            "read_threads",
+            "chunk_bytes",
+            "piece_bytes",
+            "prefill_chunk",
+        )
+        for name in counts:
             _at_least(name, getattr(self, name), 1)
         for name in ("max_context", "threads", "draft_threads"):
             if getattr(self, name) is not None:
@@ -122,6 +133,7 @@ class VerifierSpec:
     dtype: str
     threads: int
     capacity: int  # rows of the key/value cache
+    prefill_chunk: int  # rows that a layer runs at a time
 
 
 @dataclass(frozen=True, slots=True)

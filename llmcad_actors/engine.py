@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 import llmcad_actors.errors as errors
 from llmcad_actors.actors.calls import fetch
+from llmcad_actors.actors.guard import Guard
 from llmcad_actors.actors.memory import MemoryWatcher, process_pss
 from llmcad_actors.actors.runtime import Actors, LocalRay, start_actors
 from llmcad_actors.config import EngineConfig
@@ -33,6 +34,9 @@ class Engine:
         self._ray = ray_
         self._actors = actors
         self._watcher = watcher
+        pinned = [spec.nbytes for spec in prepared.layout.shards if spec.name in prepared.memory.pinned]
+        self._guard = Guard(actors.verifier, pinned, prepared.memory.cap_bytes)
+        watcher.tell(self._guard.look)
         self._tokenizer = self._load_tokenizer()
         self._finish_reason = ""
         self._stats: Stats | None = None
@@ -162,7 +166,7 @@ class Engine:
     def _run(
         self, request: Request, detokenizer: Detokenizer, stops: StopStrings, provisional: bool
     ) -> Iterator[Piece]:
-        self._finish_reason, self._stats, before = "", None, self._progress()
+        self._finish_reason, self._stats, before, shed = "", None, self._progress(), self._guard.num_shed
         self._call(self._actors.coordinator.start.remote(pack(request)), "the request")
         try:
             while not self._finish_reason:
@@ -174,7 +178,7 @@ class Engine:
         finally:
             self._actors.coordinator.cancel.remote()
             if self._stats is not None:
-                self._stats = self._completed(self._stats, before)
+                self._stats = self._completed(self._stats, before, shed)
 
     def _poll(self) -> Iterator[Event]:
         for event in unpack(self._call(self._actors.coordinator.events.remote(POLL_S), "the coordinator")):
@@ -195,7 +199,7 @@ class Engine:
         elif isinstance(event, Finished):
             self._finish_reason, self._stats = event.reason, event.stats
 
-    def _completed(self, stats: Stats, before: Progress) -> Stats:
+    def _completed(self, stats: Stats, before: Progress, shed: int) -> Stats:
         """Statistics with what only this process knows: disk, memory, the plan."""
         after, memory = self._progress(), self.prepared.memory
         self._watcher.sample()
@@ -208,6 +212,7 @@ class Engine:
             pinned_bytes=memory.pinned_bytes,
             window_bytes=memory.window_bytes,
             spilled_bytes=self._watcher.spilled_bytes,
+            shed_shards=self._guard.num_shed - shed,
         )
 
     def _load_tokenizer(self) -> Tokenizer:

@@ -37,6 +37,14 @@ class MemoryLimit:
 
 
 @dataclass(frozen=True, slots=True)
+class FreeMemory:
+    """Where memory is shortest: RAM, or one of the process's cgroups."""
+
+    free_bytes: int  # with what the kernel can take back from the page cache
+    limit_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class SharedMemory:
     """The file system that the object store lives in."""
 
@@ -69,6 +77,20 @@ def cgroup_limits(root: Path = ROOT) -> list[tuple[Path, int]]:
         if names == V1_FILES and (limit := _hierarchical(folder)) is not None:
             found.append((folder / "memory.stat", limit))  # of ancestors that a container does not see
     return found
+
+
+def free_memory(root: Path = ROOT) -> FreeMemory:
+    """What this process can still get now. Raises `StorageError` where `/proc` does not tell."""
+    found = [FreeMemory(_fields(root / "proc/meminfo").get("MemAvailable:", 0) << 10, ram_bytes(root))]
+    for folder, names in _folders(root):
+        used_file, prefix = ("memory.usage_in_bytes", "total_") if names == V1_FILES else ("memory.current", "")
+        limits = [limit for name in names if (limit := _number(folder / name)) is not None]
+        used = _number(folder / used_file)
+        if limits and used is not None:
+            stat = _fields(folder / "memory.stat")
+            cached = sum(stat.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+            found.append(FreeMemory(min(limits) - used + cached, min(limits)))
+    return min(found, key=lambda each: each.free_bytes)
 
 
 def within(cap_bytes: int, limit: MemoryLimit) -> tuple[int, tuple[str, ...]]:
@@ -152,6 +174,11 @@ def _hierarchical(folder: Path) -> int | None:
         if line.startswith("hierarchical_memory_limit "):
             return int(line.split()[1])
     return None
+
+
+def _fields(file: Path) -> dict[str, int]:
+    """Lines of a name and a number."""
+    return {words[0]: int(words[1]) for line in _lines(file) if len(words := line.split()) > 1 and words[1].isdigit()}
 
 
 def _number(file: Path) -> int | None:

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from llmcad_actors.models.chat import ChatTemplate
 
 DEFAULT_CONTEXT = 2048
+PADDING = 256
+"""Rows of a long pass are padded to multiples of this."""
+
 DRAFT_SLOTS = 1024
 """Tree nodes whose keys and values the draft holds at once."""
 
@@ -154,6 +157,7 @@ class Prepared:
             dtype=self.config.dtype,
             threads=self.config.threads or cores(),
             capacity=self.context + 2 * self.config.max_nodes + 64,
+            prefill_chunk=self.config.prefill_chunk,
         )
 
     def draft_spec(self) -> DraftSpec | None:
@@ -222,7 +226,6 @@ def budget_inputs(
 ) -> BudgetInputs:
     """What each part will take, in bytes."""
     width = compute_bytes(target, config.dtype)
-    rows = config.max_nodes + (1 if layout.encoder else min(context, DEFAULT_CONTEXT))
     return BudgetInputs(
         overhead_bytes=DAEMONS + THIN_PROCESSES + TORCH_PROCESS * (1 if draft is None else 2),
         draft_weights=0
@@ -234,7 +237,7 @@ def budget_inputs(
         + encoded_bytes(target.config, context, width),
         activations=max(
             encoder_bytes(layout, target.config, context, width),
-            activation_bytes(layout, target.config, rows, context, config.max_nodes, width)
+            activation_bytes(layout, target.config, context, config.max_nodes, config.prefill_chunk, width)
             + logits_bytes(target, layout, config.max_nodes, width),
         ),
         shards=tuple(budget_shard(spec, config.piece_bytes, spec in layout.encoder) for spec in layout.shards),
@@ -283,19 +286,27 @@ def encoder_bytes(layout: Layout, config: Mapping[str, Any], prompt: int, width:
 
 
 def activation_bytes(
-    prepared: Layout, config: Mapping[str, Any], rows: int, context: int, nodes: int, width: int
+    prepared: Layout, config: Mapping[str, Any], context: int, nodes: int, chunk: int, width: int
 ) -> int:
-    """The widest moment of a pass over `rows` rows: a layer's intermediate states and the mask, or the logits."""
+    """The widest moment of a pass over a prompt of `context` tokens and a tree of `nodes`.
+
+    Of all rows: what goes from layer to layer. Of `chunk` rows: a layer's intermediate states and the mask. Then the
+    logits of the tree.
+    """
     family, hidden = prepared.family, prepared.embedding.shape[1]
+    rows = -(-(context + nodes) // PADDING) * PADDING
+    chunk = min(rows, chunk)
+    rotary = 2 * family.head_dim(config) * (4 + width)  # two tables of angles, in float32 at first
+    carried = rows * (4 * hidden * width + rotary)  # embedding rows, the model's inputs, hidden states before and after
     widest = max(max(tensor.shape) for tensor in prepared.layers[0].tensors)
-    states = rows * (4 * hidden + 3 * widest) * width
+    states = chunk * (4 * hidden + 3 * widest) * width
     if family.experts:  # the joined tensors of one
         states += 2 * max(tensor.nbytes for tensor in prepared.layers[0].tensors)
-    mask = rows * (context + rows) * (width + 1) * (1 if family.windows == "none" else 2)
+    states += chunk * rows * (width + 3) * (1 if family.windows == "none" else 2)
     if family.keeps_scores:
-        mask += family.num_heads(config) * rows * (context + rows) * (4 + 2 * width)
+        states += family.num_heads(config) * chunk * rows * (4 + 2 * width)
     logits = (nodes + 1) * max(spec.tensors[0].shape[0] for spec in prepared.head) * (4 + width)
-    return max(states, logits) + mask
+    return carried + max(states, logits)
 
 
 def logits_bytes(target: Checkpoint, layout: Layout, nodes: int, width: int) -> int:

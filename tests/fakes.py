@@ -86,7 +86,8 @@ class FunctionVerifier:
         choices = [self._choose((*self._tokens, *tokens_to(tree, node))) for node in range(ROOT, len(tree))]
         accepted = walk(tree, choices, self._stop)
         self._tokens += accepted.emitted(tree)
-        stats = PassStats(seconds=self._seconds, stall_s=0.75 * self._seconds, compute_s=0.25 * self._seconds, rows=len(tree) + 1)
+        seconds = self._seconds
+        stats = PassStats(seconds, stall_s=0.75 * seconds, compute_s=0.25 * seconds, rows=len(tree) + 1)
         return Verdict(accepted.path, accepted.bonus, accepted.stopped, stats)
 
 

@@ -16,6 +16,7 @@ from llmcad_actors.limits import (
     cgroup_limits,
     check_shared_memory,
     enlarging,
+    free_memory,
     memory_limit,
     ram_bytes,
     shared_memory,
@@ -203,3 +204,35 @@ def test_the_engine_hands_notices_on_before_it_starts_anything(tmp_path: Path) -
     with pytest.raises(Stop):
         Engine.launch(tiny_llama(tmp_path / "model", layers=1), memory="1000TB", say=say)
     assert "the memory cap of" in said[0]
+
+
+def free_bytes(fake: FakeRoot) -> tuple[int, int]:
+    found = free_memory(fake.root)
+    return found.free_bytes, found.limit_bytes
+
+
+def test_what_is_free_is_what_the_kernel_says_is_available(fake: FakeRoot) -> None:
+    fake.write("proc/meminfo", f"MemTotal: {RAM >> 10} kB\nMemFree: 1 kB\nMemAvailable: {3 * GIB >> 10} kB")
+    assert free_bytes(fake) == (3 * GIB, RAM)
+
+
+def test_in_a_cgroup_the_page_cache_counts_as_free_and_the_shortest_ancestor_binds(fake: FakeRoot) -> None:
+    fake.write("proc/meminfo", f"MemTotal: {RAM >> 10} kB\nMemAvailable: {12 * GIB >> 10} kB")
+    fake.v2("/a/b")
+    below, above = "sys/fs/cgroup/a/b", "sys/fs/cgroup/a"
+    for folder, limit, used in ((below, 4 * GIB, 1 * GIB), (above, 6 * GIB, 5 * GIB)):
+        fake.write(f"{folder}/memory.max", str(limit))
+        fake.write(f"{folder}/memory.high", "max")
+        fake.write(f"{folder}/memory.current", str(used))
+    assert free_bytes(fake) == (1 * GIB, 6 * GIB)
+    fake.write(f"{above}/memory.stat", f"anon 5\ninactive_file {GIB}\nactive_file {2 * GIB}\nshmem 7")
+    assert free_bytes(fake) == (3 * GIB, 4 * GIB)
+
+
+def test_a_cgroup_of_version_1_tells_what_is_free(fake: FakeRoot) -> None:
+    fake.write("proc/meminfo", f"MemTotal: {RAM >> 10} kB\nMemAvailable: {12 * GIB >> 10} kB")
+    fake.v1("/a")
+    fake.write("sys/fs/cgroup/memory/a/memory.limit_in_bytes", str(4 * GIB))
+    fake.write("sys/fs/cgroup/memory/a/memory.usage_in_bytes", str(3 * GIB))
+    fake.write("sys/fs/cgroup/memory/a/memory.stat", f"inactive_file 9\ntotal_inactive_file {GIB}\ntotal_active_file 0")
+    assert free_bytes(fake) == (2 * GIB, 4 * GIB)

@@ -45,7 +45,7 @@ VALUES: tuple[Any, ...] = (
     MarginalThroughput(),
     Calibration(),
     LoaderSpec("/m", ("layer.0",), 10**9, 2**25, 2**23, 4, None),
-    VerifierSpec("/m", (), "float32", 2, 512),
+    VerifierSpec("/m", (), "float32", 2, 512, 256),
     DraftSpec("/d", "auto", 1, 4096, 2048, 512, "best-first", 128, 8, 16, (1, 1, 3), 2),
     None,
     (),

@@ -8,7 +8,7 @@ knows byte ranges only: no torch, no model.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,19 +84,27 @@ class Loader:
         self._thread: threading.Thread | None = None
         self._cycle: tuple[ShardSpec, ...] = ()
         self._opening: tuple[ShardSpec, ...] = ()
+        self._order: tuple[ShardSpec, ...] = ()
         self._is_opening_due = False  # the schedule has yet to turn to it
         self._is_opening_ahead = False  # due, or on its way: its first shard has not been lent
         self._last: _Shard | None = None
 
     def start(
-        self, prelude: Sequence[ShardSpec], cycle: Sequence[ShardSpec], opening: Sequence[ShardSpec] = ()
+        self,
+        prelude: Sequence[ShardSpec],
+        cycle: Sequence[ShardSpec],
+        opening: Sequence[ShardSpec] = (),
+        order: Sequence[ShardSpec] = (),
     ) -> None:
-        """Begin to read: `prelude` once, `opening`, then `cycle` round and round (without either, reading ends)."""
+        """Begin to read: `prelude` once, `opening`, then `cycle` round and round (nothing while it is empty).
+
+        order: all shards of which `stream` may choose others for the cycle; default: those of the cycle.
+        """
         specs = (*prelude, *opening, *cycle)
         needed = max((room_bytes(spec, self._piece_bytes) for spec in specs), default=0)
         if needed > self._window.size:
             raise OverBudgetError(f"a shard that takes {needed} bytes does not fit the window of {self._window.size}")
-        self._cycle, self._opening = tuple(cycle), tuple(opening)
+        self._cycle, self._opening, self._order = tuple(cycle), tuple(opening), tuple(order or cycle)
         self._is_opening_due = self._is_opening_ahead = bool(opening)
         self._thread = threading.Thread(target=self._guarded, args=(self._schedule(tuple(prelude)),), daemon=True)
         self._thread.start()
@@ -110,6 +118,12 @@ class Loader:
             if not self._is_opening_ahead:
                 self._is_opening_due = self._is_opening_ahead = True
                 self._state.notify_all()
+
+    def stream(self, cycle: Sequence[ShardSpec], opening: Sequence[ShardSpec] = ()) -> None:
+        """From the next shard on read these, in the order of the pass. What has been read ahead stays as it is."""
+        with self._state:
+            self._cycle, self._opening = tuple(cycle), tuple(opening)
+            self._state.notify_all()
 
     def next(self, timeout_s: float) -> tuple[int, str, tuple[Place, ...]]:
         """Lease the next shard: (lease id, shard name, where its tensors lie in the window). One call at a time."""
@@ -231,11 +245,15 @@ class Loader:
 
     def _schedule(self, prelude: tuple[ShardSpec, ...]) -> Iterator[ShardSpec]:
         yield from prelude
-        while self._cycle or self._opening:
-            for spec in (*self._due_opening(), *self._cycle):
-                if self._is_opening_due:
-                    break
-                yield spec
+        while True:
+            yield from self._until_opening(self._due_opening())
+            yield from self._until_opening(spec for spec in self._order if spec in self._cycle)
+
+    def _until_opening(self, specs: Iterable[ShardSpec]) -> Iterator[ShardSpec]:
+        for spec in specs:
+            if self._is_opening_due:
+                return
+            yield spec
 
     def _due_opening(self) -> tuple[ShardSpec, ...]:
         """The opening if it is due; without a cycle, waits until it is."""
@@ -260,6 +278,7 @@ class LoaderActor:
         limit = TokenBucket(setup.rate_limit) if setup.rate_limit else None
         reader = ParallelReader(setup.threads, setup.chunk_bytes, limit)
         pinned = set(setup.pinned)
+        self._encoder, self._order = layout.encoder, (*layout.layers, *layout.head)
         self._prelude = [spec for spec in layout.shards if spec.name in pinned]
         self._opening = [spec for spec in layout.encoder if spec.name not in pinned]
         self._cycle = [spec for spec in (*layout.layers, *layout.head) if spec.name not in pinned]
@@ -278,10 +297,18 @@ class LoaderActor:
         return self._arena.handle()
 
     def start(self) -> None:
-        self._loader.start(self._prelude, self._cycle, self._opening)
+        self._loader.start(self._prelude, self._cycle, self._opening, self._order)
 
     def open(self) -> None:
         self._loader.open()
+
+    def stream(self, names: Sequence[str]) -> None:
+        """From now on read the shards of these names."""
+        chosen = set(names)
+        self._loader.stream(
+            [spec for spec in self._order if spec.name in chosen],
+            [spec for spec in self._encoder if spec.name in chosen],
+        )
 
     def next(self, timeout_s: float) -> tuple[int, str, tuple[Place, ...]]:
         return self._loader.next(timeout_s)

@@ -6,6 +6,7 @@ us. Pages of the object store that nobody maps at the moment are added from the 
 
 import os
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,12 @@ class MemoryWatcher:
         self.current_bytes = 0
         self.peak_bytes = 0
         self.spilled_bytes = 0
+        self._tell: Callable[[int], object] = lambda used: None
         self._thread = threading.Thread(target=self._run, name="llmcad-memory", daemon=True)
+
+    def tell(self, look: Callable[[int], object]) -> None:
+        """Call `look` with the bytes in use after each of the thread's samples."""
+        self._tell = look
 
     def start(self) -> None:
         self._thread.start()
@@ -148,4 +154,4 @@ class MemoryWatcher:
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):
-            self.sample()
+            self._tell(self.sample())

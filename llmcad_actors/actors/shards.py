@@ -10,6 +10,7 @@ from llmcad_actors.actors.arena import mapped
 from llmcad_actors.actors.calls import fetch
 from llmcad_actors.actors.loader import Place
 from llmcad_actors.errors import ActorFailure
+from llmcad_actors.storage.direct import BLOCK
 from llmcad_actors.storage.layout import ShardSpec
 from llmcad_actors.storage.reader import AlignedBuffer
 
@@ -36,21 +37,39 @@ class PinnedShard:
 class LeasedShards:
     """A `ShardSource` over the loader actor. One lease is asked for ahead of the one in use."""
 
-    def __init__(self, loader: Any, num_shards: int, opening: str | None = None) -> None:
-        """`num_shards`: of a pass. opening: the first streamed shard of an encoder, which not every pass asks for."""
+    def __init__(self, loader: Any, names: Sequence[str], encoder: Sequence[str] = ()) -> None:
+        """`names`: all shards of a pass. encoder: those of them that only a prompt's first pass asks for."""
         self._loader = loader
-        self._num_shards = num_shards
-        self._opening = opening
+        self._names = tuple(names)
+        self._encoder = tuple(encoder)
         self._window = mapped(fetch(loader.arena.remote(), SHARD_TIMEOUT_S, "the window"))
         self._ahead: Any = None
         self._pinned: dict[str, PinnedShard] = {}
+        self._keepable: tuple[str, ...] = ()  # what was pinned at first; the large ones are kept longest
+        self._wanted: frozenset[str] = frozenset()  # to be pinned again when they come by
 
     def pin(self, specs: Sequence[ShardSpec]) -> int:
         """Take the loader's prelude into private memory; returns the bytes pinned."""
         for spec in specs:
             with self._next(spec.name, ask_ahead=spec is not specs[-1]) as arrays:
                 self._pinned[spec.name] = PinnedShard(arrays)
+        self._keepable = tuple(spec.name for spec in sorted(specs, key=lambda spec: -spec.nbytes))
         return sum(spec.nbytes for spec in specs)
+
+    def keep(self, count: int) -> int:
+        """Keep `count` of the shards that were pinned at first; returns how many are held now. Between passes only.
+
+        Those too many are given back to the system at once, the last of the pass first: the loader, which has read
+        ahead, has not come to them. Those missing are pinned when they next come by.
+        """
+        kept = self._keepable[:count]
+        self._wanted = frozenset(kept) - self._pinned.keys()
+        dropped = [name for name in self._pinned if name not in kept]
+        for name in dropped:
+            self._pinned.pop(name).close()
+        if dropped:
+            self._stream()
+        return len(self._pinned)
 
     @contextmanager
     def lease(self, name: str) -> Iterator[Mapping[str, np.ndarray]]:
@@ -58,10 +77,34 @@ class LeasedShards:
         if name in self._pinned:
             yield self._pinned[name].arrays
             return
-        if name == self._opening:
+        if name == self._opening():
             fetch(self._loader.open.remote(), SHARD_TIMEOUT_S, "the loader")
-        with self._next(name, ask_ahead=True) as arrays:
+        with self._next(name, ask_ahead=self._has_more_behind(name)) as arrays:
+            if name in self._wanted:
+                self._pin_again(name, arrays)
             yield arrays
+
+    def _streamed(self) -> list[str]:
+        return [name for name in self._names if name not in self._pinned]
+
+    def _opening(self) -> str | None:
+        """The first shard of the encoder that is streamed."""
+        return next((name for name in self._encoder if name not in self._pinned), None)
+
+    def _has_more_behind(self, name: str) -> bool:
+        """Whether the loader will bring another shard by itself: round the circle, or further on in the encoder."""
+        streamed = [n for n in self._streamed() if n not in self._wanted or n != name]
+        circle = [n for n in streamed if n not in self._encoder]
+        return bool(circle) or (name in streamed and name != streamed[-1])
+
+    def _pin_again(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        self._pinned[name] = PinnedShard(arrays)
+        self._wanted -= {name}
+        self._stream()
+
+    def _stream(self) -> None:
+        """Tell the loader which shards are not pinned."""
+        fetch(self._loader.stream.remote(self._streamed()), SHARD_TIMEOUT_S, "the loader's new order")
 
     @contextmanager
     def _next(self, name: str, *, ask_ahead: bool) -> Iterator[dict[str, np.ndarray]]:
@@ -74,8 +117,8 @@ class LeasedShards:
             self._loader.release.remote(lease)
 
     def _take(self, name: str) -> tuple[int, tuple[Place, ...]]:
-        """The lease of shard `name`: the loader's next one, or, after a pass that broke off, one soon after."""
-        for _ in range(self._num_shards):
+        """The lease of shard `name`: the loader's next, or one soon after, when a pass broke off or pins changed."""
+        for _ in range(len(self._names) + len(self._window) // BLOCK):  # at most a circle, behind a full window
             request, self._ahead = self._ahead or self._ask(), None
             lease, found, places = fetch(request, SHARD_TIMEOUT_S + 10, f"shard {name}")
             if found == name:

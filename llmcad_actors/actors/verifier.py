@@ -25,13 +25,16 @@ class VerifierActor:
         self._path = Path(setup.path)
         checkpoint = Checkpoint.open(self._path)
         layout = layout_of(checkpoint)
-        opening = next((spec.name for spec in layout.encoder if spec.name not in setup.pinned), None)
-        self._source = LeasedShards(loader, len(layout.shards), opening)
+        names, encoder = ([spec.name for spec in specs] for specs in (layout.shards, layout.encoder))
+        self._source = LeasedShards(loader, names, encoder)
         self._pinned = [spec for spec in layout.shards if spec.name in setup.pinned]
+        self._num_passes = 0
         dtype = compute_dtype(checkpoint.dtype, setup.dtype)
         self._recorder = Recorder("verifier", time.monotonic)
         source = TracedShards(self._source, self._recorder)
-        self._target = Target(checkpoint, layout, source, dtype=dtype, capacity=setup.capacity)
+        self._target = Target(
+            checkpoint, layout, source, dtype=dtype, capacity=setup.capacity, prefill_chunk=setup.prefill_chunk
+        )
 
     def ready(self) -> None:
         """Returns when the actor is up; raises what its construction raised."""
@@ -39,6 +42,13 @@ class VerifierActor:
     def pin(self) -> int:
         """Take the pinned shards from the loader; returns their bytes."""
         return self._source.pin(self._pinned)
+
+    def keep(self, count: int) -> tuple[int, int]:
+        """Keep so many of the pinned shards; returns how many are held now, and the passes so far.
+
+        An actor does one thing at a time: this comes between passes.
+        """
+        return self._source.keep(count), self._num_passes
 
     def tokenizer_json(self) -> str:
         from llmcad_actors.models.tokenizer import auto_tokenizer_json
@@ -57,6 +67,7 @@ class VerifierActor:
         started = self._recorder.now()
         verdict = self._target.verify(unpack(tree))
         self._recorder.add("pass", started, rows=verdict.stats.rows)
+        self._num_passes += 1
         return pack(verdict)
 
     def trace(self, keep_on: bool) -> bytes:

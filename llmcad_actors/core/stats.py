@@ -28,6 +28,7 @@ class Stats:
     pinned_bytes: int = 0
     window_bytes: int = 0
     spilled_bytes: int = 0
+    shed_shards: int = 0  # pinned shards given up because memory got short
 
     def after_pass(
         self,

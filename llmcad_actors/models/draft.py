@@ -26,6 +26,9 @@ from llmcad_actors.models.softcap import soft_capped, softcap_of
 from llmcad_actors.models.stacks import stack_of
 from llmcad_actors.models.target import common_prefix
 
+PREFIX_ROWS = 256
+"""Rows of a prompt that run at once: what they take stays small however long it is."""
+
 
 class DraftModel:
     """The model with its tree-masked cache: rows in, candidates out."""
@@ -60,10 +63,12 @@ class DraftModel:
     @torch.inference_mode()
     def run_prefix(self, tokens: Sequence[int], start: int) -> tuple[np.ndarray, np.ndarray]:
         """Run consecutive tokens at positions start, ...; candidates [1, children] of the last one."""
-        rows = len(tokens)
-        mask = torch.zeros(rows, start + rows, dtype=self._mask_dtype)
-        mask[:, start:].masked_fill_(torch.ones(rows, rows, dtype=torch.bool).triu_(1), self._hidden_value)
-        hidden = self._forward(tokens, range(start, start + rows), mask)
+        for first in range(0, len(tokens), PREFIX_ROWS):
+            part, position = tokens[first : first + PREFIX_ROWS], start + first
+            mask = torch.zeros(len(part), position + len(part), dtype=self._mask_dtype)
+            future = torch.ones(len(part), len(part), dtype=torch.bool).triu_(1)
+            mask[:, position:].masked_fill_(future, self._hidden_value)
+            hidden = self._forward(part, range(position, position + len(part)), mask)
         return self._candidates(hidden[-1:])
 
     @torch.inference_mode()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from llmcad_actors.errors import CheckpointError
+from llmcad_actors.models.chunks import BuildMask, ChunkedMask
 from llmcad_actors.models.families import family_of
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -52,3 +53,14 @@ class Windows:
             if hidden.any():
                 sliding = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
         return {FULL: mask, SLIDING: sliding} if self.by_layer_type else sliding
+
+    def chunked(self, build: BuildMask, queries: np.ndarray, keys: np.ndarray) -> Masks:
+        """`masks` for the mask that `build` makes chunk by chunk; the keys end with the queries' own."""
+
+        def sliding(start: int, end: int) -> torch.Tensor:
+            found = self.masks(build(start, end), queries[start:end], keys[: len(keys) - len(queries) + end])
+            return found[SLIDING] if isinstance(found, dict) else found
+
+        full = ChunkedMask.of(len(queries), len(keys), build)
+        windowed = full if self.window is None else ChunkedMask.of(len(queries), len(keys), sliding)
+        return {FULL: full, SLIDING: windowed} if self.by_layer_type else windowed

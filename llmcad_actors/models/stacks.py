@@ -11,10 +11,13 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 from llmcad_actors.errors import CheckpointError
+from llmcad_actors.models.chunks import BuildMask
 from llmcad_actors.models.families import family_of
 from llmcad_actors.models.kv_cache import TreeCache
 from llmcad_actors.models.masks import Windows
 from llmcad_actors.models.tree_positions import TreePositions
+
+AnyMask = torch.Tensor | BuildMask
 
 
 class Stack(Protocol):
@@ -24,12 +27,12 @@ class Stack(Protocol):
         """Start on a prompt; returns the tokens that the decoder's text begins with."""
 
     def run(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: np.ndarray, keys: np.ndarray, cache: TreeCache
+        self, ids: torch.Tensor, mask: AnyMask, positions: np.ndarray, keys: np.ndarray, cache: TreeCache
     ) -> torch.Tensor:
         """Final hidden states [rows, hidden] of decoder rows `ids` [rows], whose keys and values join `cache`.
 
-        mask: additive, [1, 1, rows, cached + rows]. positions, keys: of the rows [rows] and of all that they may see
-        [cached + rows].
+        mask: additive, [1, 1, rows, cached + rows], or what builds it, for layers that run in chunks. positions, keys:
+        of the rows [rows] and of all that they may see [cached + rows].
         """
 
 
@@ -66,11 +69,12 @@ class DecoderOnly:
         return tuple(prompt)
 
     def run(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: np.ndarray, keys: np.ndarray, cache: TreeCache
+        self, ids: torch.Tensor, mask: AnyMask, positions: np.ndarray, keys: np.ndarray, cache: TreeCache
     ) -> torch.Tensor:
+        masks = self._windows.masks if isinstance(mask, torch.Tensor) else self._windows.chunked
         output = self._base(
             input_ids=ids[None],
-            attention_mask=self._windows.masks(mask, positions, keys),
+            attention_mask=masks(mask, positions, keys),  # type: ignore[arg-type]
             position_ids=torch.from_numpy(positions)[None],
             past_key_values=cache,
             use_cache=True,
@@ -103,14 +107,14 @@ class EncoderDecoder:
         return (self._start,)
 
     def run(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: np.ndarray, keys: np.ndarray, cache: TreeCache
+        self, ids: torch.Tensor, mask: AnyMask, positions: np.ndarray, keys: np.ndarray, cache: TreeCache
     ) -> torch.Tensor:
         if self._encoded is None:
             self._encoded = self._encoder(input_ids=torch.tensor([self._prompt])).last_hidden_state
         with self._positions.of(positions, keys):
             output = self._decoder(
                 input_ids=ids[None],
-                attention_mask=mask,
+                attention_mask=mask if isinstance(mask, torch.Tensor) else mask(0, len(ids)),
                 encoder_hidden_states=self._encoded,
                 past_key_values=EncoderDecoderCache(cache, self._cross),
                 use_cache=True,

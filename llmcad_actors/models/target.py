@@ -20,7 +20,7 @@ from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError
 from llmcad_actors.messages import PassStats, Verdict
-from llmcad_actors.models import linear
+from llmcad_actors.models import chunks, linear
 from llmcad_actors.models.embedding import EmbeddingRows
 from llmcad_actors.models.experts import shapes_with_experts, with_experts
 from llmcad_actors.models.family import Family
@@ -48,16 +48,20 @@ class Target:
         *,
         dtype: torch.dtype,
         capacity: int,
+        prefill_chunk: int = 256,
     ) -> None:
-        """`capacity`: rows of the cache, context plus the padded rows of the largest pass."""
+        """`capacity`: rows of the cache, context plus the padded rows of the largest pass.
+
+        `prefill_chunk`: rows that a layer runs at a time.
+        """
         self.layout = layout
         self.source = source
         self.dtype = dtype
         self._model = model = build_skeleton(Path(checkpoint.path), dtype)
         self._linear = linear.chosen(DTYPES[checkpoint.dtype], dtype)
         if layout.family.encoder is not None:
-            self._stream(layout.family.encoder.layers, layout.encoder)
-        self._stream(layout.family.layers, layout.layers)
+            self._stream(layout.family.encoder.layers, layout.encoder, None)
+        self._stream(layout.family.layers, layout.layers, None if layout.family.encoder else prefill_chunk)
         self._softcap = softcap_of(model.config)
         rows = EmbeddingRows(layout.embedding, dtype)
         for embedding in embeddings_of(model, layout.family):
@@ -71,13 +75,15 @@ class Target:
         self._processors = LogitsProcessorList()
         self._stall_s = 0.0
 
-    def _stream(self, name: str, specs: Sequence[ShardSpec]) -> None:
-        """The layers of the model's list `name` take their weights from `specs`."""
+    def _stream(self, name: str, specs: Sequence[ShardSpec], chunk_rows: int | None) -> None:
+        """The layers of the model's list `name` take their weights from `specs`; they run `chunk_rows` at a time."""
         layers = self._model.get_submodule(name)
         assert isinstance(layers, torch.nn.ModuleList)
         check_shapes(layers[0], self.layout, specs[0])
         converted = self.layout.family.converted
         as_stored = frozenset(n for n in linear.install(layers, self._linear) if not n.endswith(converted))
+        if chunk_rows is not None:
+            chunks.install(self._model.get_submodule(name.rpartition(".")[0]), layers, chunk_rows)
         stream_layers(layers, lambda index: self._layer_weights(specs[index], as_stored))
 
     def _load_resident(self) -> torch.Tensor | None:
@@ -165,22 +171,30 @@ class Target:
             [np.arange(self._cache.length, root + 1), root + tree.depths, np.full(padding, root)]
         )
         keys = np.concatenate([np.arange(self._cache.length), positions])
-        hidden = self._stack.run(ids, self._mask(len(pending), tree, padding), positions, keys, self._cache)
+        build = self._mask(len(pending), tree)
+        hidden = self._stack.run(ids, build, positions, keys, self._cache)
         return hidden, used + padding
 
-    def _mask(self, pending: int, tree: TokenTree, padding: int) -> torch.Tensor:
-        """Additive mask [1, 1, rows, cached + rows]: pending rows are causal, nodes see prefix and ancestors."""
-        cached, rows = self._cache.length, pending + len(tree) + padding
-        visible = np.zeros((rows, cached + rows), dtype=bool)
-        visible[:, :cached] = True
-        own = visible[:, cached:]
-        own[:pending, :pending] = np.tri(pending, dtype=bool)
-        own[pending:, :pending] = True
-        used = pending + len(tree)
-        own[pending - 1 : used, pending - 1 : used] |= tree.ancestor_mask()
-        own[used:, :] |= np.eye(rows, dtype=bool)[used:]
-        mask = torch.zeros(visible.shape, dtype=self.dtype)
-        return mask.masked_fill_(torch.from_numpy(~visible), torch.finfo(self.dtype).min)[None, None]
+    def _mask(self, pending: int, tree: TokenTree) -> chunks.BuildMask:
+        """Builds the mask of a pass: pending rows are causal, nodes see what is pending and their ancestors."""
+        cached, used = self._cache.length, pending + len(tree)
+        ancestors = tree.ancestor_mask()
+
+        def build(start: int, end: int) -> torch.Tensor:
+            visible = np.zeros((end - start, cached + end), dtype=bool)
+            visible[:, :cached] = True
+            own, row = visible[:, cached:], np.arange(start, end)
+            own[row < used, :pending] = True
+            own &= np.tri(end - start, end, start, dtype=bool)
+            first, last = max(start, pending - 1), min(end, used)
+            if first < last:
+                seen = ancestors[first - pending + 1 : last - pending + 1, : last - pending + 1]
+                own[first - start : last - start, pending - 1 : last] |= seen
+            own[row - start, row] = True
+            mask = torch.zeros(visible.shape, dtype=self.dtype)
+            return mask.masked_fill_(torch.from_numpy(~visible), torch.finfo(self.dtype).min)[None, None]
+
+        return build
 
     def _choices(self, hidden: torch.Tensor, tree: TokenTree) -> Choices:
         """The target's own next token after each row of hidden states [nodes + 1, hidden]."""

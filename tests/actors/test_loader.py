@@ -134,6 +134,44 @@ def test_what_is_leased_stays_whole_until_it_is_released(layout: Layout, data: s
             assert loader.held_bytes <= window.size
 
 
+@settings(max_examples=12)
+@given(data=st.data())
+def test_the_cycle_may_change_at_any_time_and_every_shard_of_the_new_one_comes(
+    layout: Layout, data: st.DataObject
+) -> None:
+    """Shards that were read ahead and are not wanted are given back, as the verifier does."""
+    streamed = [0, 1, 2, 3, 4]
+    with loading((), layout.layers, shards=data.draw(st.floats(1, 4), "window")) as (loader, window):
+        for _ in range(6):
+            for index in streamed:
+                for _ in range(20):
+                    lease, name, places = loader.next(SOON_S)
+                    if name == layout.layers[index].name:
+                        break
+                    loader.release(lease)
+                else:
+                    pytest.fail(f"{layout.layers[index].name} does not come")
+                assert is_whole(layout.layers[index], places, window)
+                loader.release(lease)
+            streamed = sorted(data.draw(st.sets(st.integers(0, 4), min_size=1), "cycle"))
+            loader.stream([layout.layers[index] for index in streamed])
+
+
+def test_shards_of_the_prelude_are_streamed_when_the_cycle_asks_for_them(layout: Layout) -> None:
+    loader = Loader(window=AlignedBuffer(1 << 20), piece_bytes=PIECE_BYTES, reader=ParallelReader())
+    loader.start(layout.layers, (), layout.layers)
+    for _ in layout.layers:
+        loader.release(loader.next(SOON_S)[0])
+    loader.stream(layout.layers[3:])
+    names = []
+    for _ in range(4):
+        lease, name, _ = loader.next(SOON_S)
+        names.append(name)
+        loader.release(lease)
+    loader.close()
+    assert names == ["layer.3", "layer.4"] * 2
+
+
 def test_a_released_shard_makes_room_for_the_next(layout: Layout) -> None:
     with loading((), layout.layers, shards=1) as (loader, _):
         lease, _, _ = loader.next(SOON_S)

@@ -25,6 +25,7 @@ SCHEMA = [
     "pinned_bytes",
     "window_bytes",
     "spilled_bytes",
+    "shed_shards",
 ]
 
 

@@ -22,9 +22,15 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 
 
 def target_of(
-    path: Path, *, dtype: torch.dtype = torch.float32, max_shard_bytes: int | None = None
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int | None = None,
+    capacity: int = CAPACITY,
+    prefill_chunk: int = 256,
 ) -> tuple[Target, MemoryShards]:
     checkpoint = Checkpoint.open(path)
     layout = layout_of(checkpoint, max_shard_bytes=max_shard_bytes)
     shards = MemoryShards(layout)
-    return Target(checkpoint, layout, shards, dtype=dtype, capacity=CAPACITY), shards
+    target = Target(checkpoint, layout, shards, dtype=dtype, capacity=capacity, prefill_chunk=prefill_chunk)
+    return target, shards

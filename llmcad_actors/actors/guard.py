@@ -1,0 +1,55 @@
+"""Self-defence: from samples of memory to orders for the verifier, which gives up pinned shards or takes them back."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from llmcad_actors.actors.calls import fetch
+from llmcad_actors.core.shedding import MemorySample, Shedding
+from llmcad_actors.errors import LlmcadError
+from llmcad_actors.limits import FreeMemory, free_memory
+
+ORDER_TIMEOUT_S = 10.0  # of an order that has been carried out
+
+
+class Guard:
+    """Looks at every sample of the memory watcher. An order is carried out between passes; until then none follows."""
+
+    def __init__(
+        self, verifier: Any, sizes: Sequence[int], cap_bytes: int, free: Callable[[], FreeMemory] = free_memory
+    ) -> None:
+        """`sizes`: bytes of the pinned shards; `free`: looks at the machine, or its cgroup."""
+        self._verifier = verifier
+        self._policy = Shedding.of(sorted(sizes, reverse=True))
+        self._held = self._policy.kept
+        self._passes = 0
+        self._cap = cap_bytes
+        self._free = free
+        self._order: Any = None
+        self.num_shed = 0  # shards given up, so far
+
+    def look(self, used_bytes: int) -> None:
+        """One sample: what llmcad uses now."""
+        if not self._is_carried_out():
+            return
+        machine = self._free()
+        sample = MemorySample(used_bytes, self._cap, machine.free_bytes, machine.limit_bytes)
+        before = self._policy
+        if sample.room < 0 or self._held == before.kept:  # what is to come back has come
+            self._policy = before.after(sample, self._passes)
+        self.num_shed += max(0, before.kept - self._policy.kept)
+        if self._policy.kept != before.kept or self._held < len(before.sizes):
+            self._order = self._verifier.keep.remote(self._policy.kept)
+
+    def _is_carried_out(self) -> bool:
+        if self._order is None:
+            return True
+        if not ray.wait([self._order], timeout=0)[0]:
+            return False
+        order, self._order = self._order, None
+        try:
+            self._held, self._passes = fetch(order, ORDER_TIMEOUT_S, "giving up pinned shards")
+        except LlmcadError:  # a dead verifier is told of where its passes are waited for
+            return False
+        return True

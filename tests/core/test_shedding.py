@@ -1,0 +1,79 @@
+"""Pinned shards are given up when memory is short, taken back when there is room, and never to and fro."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmcad_actors.core.shedding import MOST_PATIENCE_PASSES, PATIENCE_PASSES, MemorySample, Shedding
+
+GB = 1_000_000_000
+MB = 1_000_000
+sizes = st.lists(st.integers(1 * MB, 500 * MB), min_size=1, max_size=12).map(lambda s: tuple(sorted(s, reverse=True)))
+samples = st.builds(
+    MemorySample,
+    used=st.integers(0, 4 * GB),
+    cap=st.integers(1 * GB, 4 * GB),
+    free=st.integers(0, 8 * GB),
+    limit=st.integers(4 * GB, 32 * GB),
+)
+
+
+def sample(room: int) -> MemorySample:
+    """A machine without bounds, under a cap that leaves so much."""
+    return MemorySample(used=4 * GB - 4 * GB // 128 - room, cap=4 * GB, free=100 * GB, limit=100 * GB)
+
+
+@given(sizes=sizes, kept=st.integers(0, 12), sample=samples, passes=st.integers(0, 100))
+def test_what_is_given_up_is_enough_and_no_shard_more(
+    sizes: tuple[int, ...], kept: int, sample: MemorySample, passes: int
+) -> None:
+    before = Shedding(sizes, min(kept, len(sizes)))
+    after = before.after(sample, passes)
+    freed = sum(sizes[after.kept : before.kept])
+    if sample.room < 0:
+        assert after.kept == 0 or freed >= -sample.room
+        assert after.kept == before.kept or freed - sizes[after.kept] < -sample.room
+    else:
+        assert before.kept <= after.kept <= min(before.kept + 1, len(sizes))
+
+
+@given(sizes=sizes, rooms=st.lists(st.integers(-600 * MB, 1500 * MB), max_size=60))
+def test_nothing_is_taken_back_soon_or_without_room_for_two(sizes: tuple[int, ...], rooms: list[int]) -> None:
+    state, changed = Shedding.of(sizes), 0
+    for passes, room in enumerate(rooms):
+        successor = state.after(sample(room), passes)
+        if successor.kept > state.kept:
+            assert passes - changed >= PATIENCE_PASSES
+            assert room >= 2 * sizes[state.kept]
+        if room < 0 or successor.kept != state.kept:
+            changed = passes
+        state = successor
+
+
+@given(sizes=sizes, outside=st.integers(0, 8 * GB))
+def test_a_constant_shortage_ends_at_rest(sizes: tuple[int, ...], outside: int) -> None:
+    """What others take stays; after the first answer nothing is given up again, whatever is taken back."""
+    state, kept = Shedding.of(sizes), []
+    for passes in range(300):
+        used = GB + sum(sizes[: state.kept])
+        state = state.after(MemorySample(used, 16 * GB, 8 * GB - outside - used, 8 * GB), passes)
+        kept.append(state.kept)
+    assert kept == sorted(kept)
+    assert len(set(kept[-100:])) == 1
+
+
+def test_room_that_comes_and_goes_is_waited_for_longer_each_time() -> None:
+    state, waits, shed_at, passes = Shedding.of((100 * MB,)), [], 0, 0
+    for _ in range(7):
+        state, shed_at = state.after(sample(-MB), passes), passes
+        while not state.kept:
+            passes += 1
+            state = state.after(sample(200 * MB), passes)
+        waits.append(passes - shed_at)
+    assert waits == [5, 9, 17, 33, 65, 65, 65]  # the wait counts from the sample after
+    assert waits[-1] == MOST_PATIENCE_PASSES + 1
+
+
+def test_the_cap_and_the_machine_each_have_a_margin() -> None:
+    assert MemorySample(used=0, cap=128 * MB, free=100 * GB, limit=100 * GB).room == 127 * MB
+    assert MemorySample(used=0, cap=100 * GB, free=3 * MB, limit=64 * MB).room == 2 * MB
+    assert MemorySample(used=0, cap=100 * GB, free=256 << 20, limit=100 * GB).room == 0
