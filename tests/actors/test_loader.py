@@ -159,7 +159,7 @@ def test_the_cycle_may_change_at_any_time_and_every_shard_of_the_new_one_comes(
 
 def test_shards_of_the_prelude_are_streamed_when_the_cycle_asks_for_them(layout: Layout) -> None:
     loader = Loader(window=AlignedBuffer(1 << 20), piece_bytes=PIECE_BYTES, reader=ParallelReader())
-    loader.start(layout.layers, (), layout.layers)
+    loader.start(layout.layers, (), order=layout.layers)
     for _ in layout.layers:
         loader.release(loader.next(SOON_S)[0])
     loader.stream(layout.layers[3:])
