@@ -229,7 +229,10 @@ def test_a_text_may_fill_the_context(saved: Saved, name: str, tmp_path: Path) ->
         (Case("gemma2", GROUPED | {"use_bidirectional_attention": True}), "sets use_bidirectional_attention: tokens"),
         (Case("qwen3_moe", EXPERTS | {"mlp_only_layers": [1]}), "sets mlp_only_layers: some layers have no"),
         (Case("qwen2_moe", EXPERTS | {"decoder_sparse_step": 2}), "sets decoder_sparse_step: some layers have no"),
-        (Case("mamba", {"hidden_size": 32}), "'mamba', which llmcad does not know; known architectures: falcon, gemma"),
+        (
+            Case("mamba", {"hidden_size": 32}),
+            "'mamba', which llmcad does not know; known architectures: bart, falcon, gemma",
+        ),
     ],
 )
 def test_what_cannot_be_run_right_is_refused(case: Case, what: str, tmp_path: Path) -> None:

@@ -75,7 +75,9 @@ def test_each_architecture_is_in_one_row_only() -> None:
 
 
 def test_an_unknown_architecture_names_the_known_ones() -> None:
-    with pytest.raises(CheckpointError, match=r"says model_type 'mamba'.*known architectures: falcon, gemma, gemma2"):
+    with pytest.raises(
+        CheckpointError, match=r"says model_type 'mamba'.*known architectures: bart, falcon, gemma, gemma2"
+    ):
         family_of({"model_type": "mamba"})
     with pytest.raises(CheckpointError, match="has no model_type"):
         family_of({})
