@@ -58,7 +58,8 @@ class _Widened:
 
     def _take(self, rows: int, columns: int) -> torch.Tensor:
         if self._block.numel() < rows * columns:
-            self._block = torch.empty(rows * columns)
+            with torch.inference_mode(mode=False):  # for use inside and outside of it
+                self._block = torch.empty(rows * columns)
         return self._block[: rows * columns].view(rows, columns)
 
 
