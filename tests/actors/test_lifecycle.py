@@ -20,8 +20,9 @@ from tests.actors.engines import job
 GONE_AFTER_S = 15.0
 MARK = "LLMCAD_TEST"
 DRIVER = """
-import sys
+import signal, sys
 from llmcad_actors import Engine
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore it
 target, draft, memory = sys.argv[1:]
 try:
     with Engine.launch(target, draft, memory=memory, read_limit="10MB/s") as engine:
