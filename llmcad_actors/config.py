@@ -40,7 +40,7 @@ class EngineConfig:
     draft_threads: int | None = None  # default: 1 for a small draft, else the cores
     read_threads: int = 4
     chunk_bytes: int = 8 << 20  # one read request
-    piece_bytes: int = 32 << 20  # one object in the store
+    piece_bytes: int = 32 << 20  # neighbouring tensors that are read in one go
     read_limit: str | None = None  # "400MB/s": hold the reads to a rate
     prefill_chunk: int = 256  # rows of a long prompt that a layer computes at once
     read_ahead: bool = True  # False, for comparison: read a shard only when it is asked for

@@ -24,7 +24,7 @@ class Arena:
     def __init__(self, nbytes: int) -> None:
         """Put `nbytes`; putting touches all pages."""
         self.reference = ray.put(np.zeros(nbytes + 2 * BLOCK, np.uint8))
-        self._object: np.ndarray = ray.get(self.reference)
+        self._object: np.ndarray = ray.get(self.reference, timeout=GET_TIMEOUT_S)
         address = self._object.ctypes.data
         self.offset = -address % BLOCK  # of the buffer in the object
         gather(address, nbytes, os.getppid())  # the raylet holds the store's file

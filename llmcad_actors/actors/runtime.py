@@ -30,7 +30,7 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # at Ray's default, 15, a drafting process slows a pass to half
     "RAY_memory_monitor_refresh_ms": "0",  # a nearly full machine is normal here: the byte budget rules
     "RAY_usage_stats_enabled": "0",
-    "RAY_free_objects_period_milliseconds": "0",  # a released shard's memory is needed at once
+    "RAY_free_objects_period_milliseconds": "0",  # what is dropped is needed at once
     "RAY_enable_metrics_collection": "0",
     "RAY_start_python_gc_manager_thread": "0",  # it collects garbage for 0.2 s whenever the store is well used
     "TRANSFORMERS_SDPA_FORCE_GQA": "1",  # grouped heads without copying keys and values: half the attention time
