@@ -10,7 +10,7 @@ setup: $(STAMP)
 
 # The stamp makes a second call quick; a changed pyproject.toml installs again. torch comes first and alone:
 # it is the largest by far, and what it resolves to must not depend on the others.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(wildcard llmcad_actors/native/*.c)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[dev]"

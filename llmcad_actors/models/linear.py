@@ -2,7 +2,8 @@
 
 There, torch multiplies bfloat16 matrices through an emulation that is several times slower than float32. So the
 weights are widened to float32 block by block, each block small enough to stay in the processor's cache, and
-multiplied there. Sums are formed in float32 and rounded once, as by bfloat16 instructions.
+multiplied there: by the package's own kernel (`half_weights.py`), or by torch where that could not be built. Sums are
+formed in float32 and rounded once, as by bfloat16 instructions.
 """
 
 import functools
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llmcad_actors.models import half_weights
 from llmcad_actors.processor import has_bfloat16
 
 BLOCK_BYTES = 4 << 20
@@ -37,7 +39,7 @@ def converted(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 class _Widened:
-    """`F.linear` in float32, rounded once to the type of `rows`. Keeps its block: fresh memory costs more than sums."""
+    """`F.linear` in float32, rounded once to the type of `rows`."""
 
     def __init__(self) -> None:
         self._block = torch.empty(0)
@@ -46,15 +48,23 @@ class _Widened:
         is_one = rows.numel() <= NATIVE_ROWS * rows.shape[-1]
         if rows.dtype == weight.dtype and (rows.dtype == torch.float32 or is_one):
             return F.linear(rows, weight, bias)
-        columns = rows.reshape(-1, rows.shape[-1]).float().t()
-        wide = torch.empty(weight.shape[0], columns.shape[1])
+        flat = rows.reshape(-1, rows.shape[-1]).float().contiguous()
+        wide = half_weights.times(flat, weight) if self._has_kernel(weight) else self._by_blocks(flat, weight)
+        result = wide if bias is None else wide + bias
+        return result.to(rows.dtype).view(*rows.shape[:-1], weight.shape[0])
+
+    def _has_kernel(self, weight: torch.Tensor) -> bool:
+        return half_weights.available() and weight.dtype in half_weights.KINDS and weight.is_contiguous()
+
+    def _by_blocks(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """float32 rows [rows, in] -> [rows, out]. Keeps its block: fresh memory costs more than sums."""
+        columns, wide = rows.t(), torch.empty(weight.shape[0], len(rows))
         step = min(weight.shape[0], max(1, BLOCK_BYTES // (4 * weight.shape[1])))
         block = self._take(step, weight.shape[1])
         for start in range(0, weight.shape[0], step):
             narrow = weight[start : start + step]
             torch.mm(block[: len(narrow)].copy_(narrow), columns, out=wide[start : start + step])
-        result = wide.t() if bias is None else wide.t() + bias
-        return result.to(rows.dtype).contiguous().view(*rows.shape[:-1], weight.shape[0])
+        return wide.t().contiguous()
 
     def _take(self, rows: int, columns: int) -> torch.Tensor:
         if self._block.numel() < rows * columns:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llmcad_actors.models import linear
+from llmcad_actors.models import half_weights, linear
 from llmcad_actors.models.linear import chosen, converted, install, widened
 
 
@@ -19,9 +19,13 @@ def matrices(stored: torch.dtype, dtype: torch.dtype, rows: int, bias: bool) -> 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 17])
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "torch"])
 def test_sums_are_formed_in_float32(
-    monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, dtype: torch.dtype, bias: bool, rows: int
+    monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, dtype: torch.dtype, bias: bool, rows: int, kernel: bool
 ) -> None:
+    if kernel and not half_weights.available():
+        pytest.skip("the kernel is not built")
+    monkeypatch.setattr(half_weights, "available", lambda: kernel)
     monkeypatch.setattr(linear, "BLOCK_BYTES", 10 * 4 * 24)  # ten rows of the weight a block, seven in the last
     x, weight, offset = matrices(stored, dtype, rows, bias)
     exact = F.linear(x.double(), weight.double(), None if offset is None else offset.double())

@@ -1,0 +1,87 @@
+"""The package's own kernel: its sums are right for every shape, and a row's do not depend on the rows beside it."""
+
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmcad_actors.models import half_weights
+from llmcad_actors.processor import has_vectors
+
+needs_kernel = pytest.mark.skipif(not half_weights.available(), reason="the kernel is not built")
+STORED = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.skipif(not has_vectors() or not shutil.which("gcc"), reason="cannot be built here")
+def test_it_is_built_where_it_can_be() -> None:
+    assert half_weights.available()
+
+
+@needs_kernel
+@given(
+    rows=st.integers(1, 40),
+    outputs=st.integers(1, 120),
+    depth=st.sampled_from([1, 7, 8, 31, 256, 257, 600]),
+    stored=st.sampled_from(STORED),
+    seed=st.integers(0, 2**16),
+)
+def test_sums_are_right(rows: int, outputs: int, depth: int, stored: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, weight = torch.randn(rows, depth), torch.randn(outputs, depth).to(stored)
+    expected = x.double() @ weight.double().t()
+    found = half_weights.times(x, weight)
+    assert found.dtype == torch.float32 and found.is_contiguous()
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * depth**0.5)
+
+
+@needs_kernel
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_more_rows_than_are_held_at_once(stored: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(32 * half_weights.PANEL + 5, 300), torch.randn(50, 300).to(stored)
+    expected = x.double() @ weight.double().t()
+    torch.testing.assert_close(half_weights.times(x, weight).double(), expected, rtol=0, atol=1e-4)
+
+
+@needs_kernel
+@given(rows=st.integers(1, 70), at=st.integers(0, 69), stored=st.sampled_from(STORED))
+def test_a_row_has_the_same_bits_whatever_stands_beside_it(rows: int, at: int, stored: torch.dtype) -> None:
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, 700), torch.randn(97, 700).to(stored)
+    alone = half_weights.times(x[at % rows : at % rows + 1], weight)
+    assert torch.equal(half_weights.times(x, weight)[at % rows], alone[0])
+
+
+@needs_kernel
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_special_values_stay_what_they_are(stored: torch.dtype) -> None:
+    values = [0.0, -0.0, 1.0, float("inf"), -float("inf"), float("nan"), torch.finfo(stored).max, 6e-8]
+    weight = torch.tensor(values * 3).to(stored)[:, None]
+    found = half_weights.times(torch.ones(1, 1), weight)
+    torch.testing.assert_close(found[0], weight[:, 0].float(), rtol=0, atol=0, equal_nan=True)
+
+
+@needs_kernel
+def test_weights_may_lie_at_any_address() -> None:
+    torch.manual_seed(1)
+    buffer, x = torch.randn(1 + 13 * 29).bfloat16(), torch.randn(3, 29)
+    torch.testing.assert_close(
+        half_weights.times(x, buffer[1:].view(13, 29)), x @ buffer[1:].view(13, 29).float().t(), rtol=0, atol=1e-5
+    )
+
+
+@needs_kernel
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_output_is_computed_once_whatever_the_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.manual_seed(2)
+    x, weight = torch.randn(16, 128), torch.randn(1000, 128).bfloat16()
+    expected = x @ weight.float().t()
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(20):
+            torch.testing.assert_close(half_weights.times(x, weight), expected, rtol=0, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
