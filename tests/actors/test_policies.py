@@ -1,0 +1,143 @@
+"""Every policy with every builder, ahead or not: the target's own output, through the real actors.
+
+Loader, verifier and draft are actors; the decode loop runs here over its ports, so that one set of actors serves any
+policy.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmcad_actors.actors.calls import fetch
+from llmcad_actors.actors.coordinator import MonotonicClock, RemoteDrafter, RemoteVerifier
+from llmcad_actors.actors.draft import DraftActor
+from llmcad_actors.actors.runtime import LocalRay, start_actors
+from llmcad_actors.bundled import bundled_draft, bundled_target
+from llmcad_actors.core.fallback import (
+    AdaptiveConfidence,
+    FixedDepth,
+    FixedTree,
+    MarginalThroughput,
+    Policy,
+    TokenConfidence,
+)
+from llmcad_actors.core.stats import Stats
+from llmcad_actors.loop import decode
+from llmcad_actors.messages import Event, Request, Tokens, pack
+from llmcad_actors.planning import Prepared
+from tests.actors.engines import job
+from tests.family_cases import CASES
+from tests.plain import Plain, encode
+from tests.tiny import PROMPTS
+
+COUNT = 24
+FIXED = (1, 3, 2, 1, 1, 1)
+BUILDERS = ("best-first", "pacer", "fixed")
+POLICIES: tuple[st.SearchStrategy[Policy], ...] = (
+    st.just(MarginalThroughput()),
+    st.builds(AdaptiveConfidence, st.floats(0.001, 0.9), st.sampled_from(["power", "average"])),
+    st.builds(FixedDepth, st.integers(1, 12)),
+    st.just(FixedTree()),
+    st.builds(TokenConfidence, st.floats(0.05, 0.99), st.integers(1, 16)),
+)
+
+
+class Actors:
+    """One target, and a draft actor for each builder."""
+
+    def __init__(self, prepared: Prepared, stack: ExitStack) -> None:
+        self.path, self._prepared = prepared.target.path, prepared
+        spec = prepared.draft_spec()
+        assert spec is not None
+        actors = start_actors(
+            prepared.loader_spec(),
+            prepared.verifier_spec(),
+            replace(spec, builder=BUILDERS[0]),
+            prepared.policy(),
+            prepared.costs(),
+            lambda what: None,
+        )
+        stack.callback(actors.close)
+        self._verifier = RemoteVerifier(actors.verifier)
+        more = {
+            builder: ray.remote(num_cpus=0)(DraftActor).remote(pack(replace(spec, builder=builder, widths=FIXED)))
+            for builder in BUILDERS[1:]
+        }
+        for actor in more.values():
+            stack.callback(_end, actor)
+            fetch(actor.ready.remote(), 120, "a draft's start")
+        self._drafters = {name: RemoteDrafter(actor) for name, actor in ({BUILDERS[0]: actors.draft} | more).items()}
+
+    def generate(
+        self, ids: tuple[int, ...], builder: str, policy: Policy, *, provisional: bool
+    ) -> tuple[tuple[int, ...], Stats]:
+        events: list[Event] = []
+        request = Request(ids, COUNT, self._prepared.stop_tokens, provisional=provisional)
+        costs, clock = self._prepared.costs(), MonotonicClock()
+        asyncio.run(decode(request, self._drafters[builder], self._verifier, policy, costs, clock, events.append))
+        found = [event for event in events if isinstance(event, Tokens)]
+        return tuple(i for event in found for i in event.ids), found[-1].stats
+
+
+def _end(actor: Any) -> None:
+    with suppress(Exception):
+        ray.kill(actor)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    local = LocalRay(256 << 20)
+    yield
+    local.close()
+
+
+def random_pair(folder: Path) -> Prepared:
+    """A random target, streamed as a whole, and itself with noise on its weights as the draft."""
+    case = CASES["llama"]
+    target, draft = case.save(folder / "target"), case.save(folder / "draft", noise=0.05)
+    return job(target, draft, max_nodes=16, dtype="float32")
+
+
+def bundled_pair(folder: Path) -> Prepared:
+    return job(bundled_target(), bundled_draft(), max_nodes=48, dtype="float32", extra_bytes=20_000_000)
+
+
+@pytest.fixture(scope="module", params=[random_pair, bundled_pair], ids=lambda make: make.__name__)
+def actors(
+    local_ray: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Actors]:
+    with ExitStack() as stack:
+        yield Actors(request.param(tmp_path_factory.mktemp("pair")), stack)
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(
+    prompt=st.sampled_from(PROMPTS),
+    builder=st.sampled_from(BUILDERS),
+    policy=st.one_of(*POLICIES),
+    provisional=st.booleans(),
+)
+def test_the_output_is_greedy_generation(
+    actors: Actors, prompt: str, builder: str, policy: Policy, provisional: bool
+) -> None:
+    ids = encode(actors.path, prompt)
+    found, stats = actors.generate(ids, builder, policy, provisional=provisional)
+    assert found == Plain.of(actors.path).greedy(ids, COUNT)
+    assert stats.accepted_tokens + stats.target_passes >= len(found)
+    assert stats.draft_steps > 0 and stats.verified_nodes > 0
+
+
+def test_a_draft_that_is_often_right_saves_passes_under_every_policy(actors: Actors) -> None:
+    ids = encode(actors.path, PROMPTS[1])
+    for policy in (MarginalThroughput(), AdaptiveConfidence(), FixedDepth(4), FixedTree(), TokenConfidence()):
+        builder = "fixed" if isinstance(policy, FixedDepth | FixedTree) else "best-first"
+        found, stats = actors.generate(ids, builder, policy, provisional=True)
+        assert stats.target_passes < 0.8 * len(found), policy
