@@ -56,6 +56,8 @@ def _snapshot(folder: Path) -> Path | None:
 def _missing(snapshot: Path) -> list[str]:
     """Files that the model needs and the snapshot lacks. Links whose blob is absent count as absent."""
     names = ["config.json"]
+    if not (snapshot / "config.json").is_file() and any(snapshot.glob("*.gguf")):
+        return []  # such files come without one; opening says what to do
     if (snapshot / INDEX).is_file() and not (snapshot / SINGLE).is_file():
         names += _shards(snapshot / INDEX)
     elif not _has_other_weights(snapshot):

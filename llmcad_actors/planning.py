@@ -72,8 +72,8 @@ class Prepared:
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """End-of-text ids: the generation config's, else the model config's."""
-        eos = self.target.generation_config.get("eos_token_id", self.target.config.get("eos_token_id"))
+        """End-of-text ids. A generation config that names none has none, as in `generate`."""
+        eos = self.target.generation_settings.get("eos_token_id")
         if eos is None:
             return ()
         return tuple(eos) if isinstance(eos, list) else (int(eos),)

@@ -1,7 +1,7 @@
 """Tiny random encoder-decoder checkpoints of every family. To add a family: a line of `CASES`."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,10 @@ class Case:
     has_head: bool = False
     embedding: float = 0.05  # spread of the embedding; what is not repetitive differs from family to family
     spread: float = 0.3  # of the other matrices
+
+    def unruled(self) -> "Case":
+        """The same model with nothing to say but the arg max."""
+        return replace(self, fields=self.fields | {"forced_eos_token_id": None}, generation={})
 
     def save(self, path: Path, *, seed: int = 0, noise: float = 0.0, dtype: torch.dtype = torch.float32) -> Path:
         """A checkpoint of random weights; `noise`, relative to them, goes on top."""

@@ -158,6 +158,22 @@ def test_a_bad_checkpoint_is_refused_before_anything_starts(
     assert_refused(llmcad("generate", "--target", str(model), "x"), BAD_MODELS[spoil], llmcad.started)
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [(("generate", "--target"), "gguf/m.gguf"), (("plan", "--target"), "gguf"), (("convert",), "gguf/m.gguf")],
+    ids=str,
+)
+def test_gguf_is_refused_with_what_to_use_instead(
+    llmcad: Llmcad, tmp_path: Path, words: tuple[str, ...], name: str
+) -> None:
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "m.gguf").write_bytes(b"GGUF")
+    more = {"generate": ["x"], "plan": [], "convert": [str(tmp_path / "out")]}[words[0]]
+    done = llmcad(*words, str(tmp_path / name), *more)
+    assert_refused(done, r"(?s)m\.gguf.*GGUF file|GGUF file.*m\.gguf", llmcad.started)
+    assert re.search(r"original\s+Hugging\s+Face", done.stderr)
+
+
 def test_a_bad_draft_is_refused_as_a_bad_target_is(llmcad: Llmcad, sound: Path, model: Path) -> None:
     truncated(model)
     done = llmcad("plan", "--target", str(sound), "--draft", str(model))

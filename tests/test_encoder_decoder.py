@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from llmcad_actors import Engine
-from llmcad_actors.actors.runtime import LocalRay
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.acceptance import walk
 from llmcad_actors.core.costs import CostModel
@@ -31,13 +30,13 @@ from tests.encoder_decoder_cases import BART, CASES, ONE_EACH, T5, Case, PlainPa
 from tests.fakes import tokens_to
 from tests.models.checkpoints import target_of
 from tests.plain import encode
+from tests.streamed import Streaming
 from tests.test_lossless import local
 from tests.tiny import BYTE_VOCAB, PROMPTS, tiny_llama
 
 COUNT = 40
 NOISE = 0.01
 TEXTS = (*PROMPTS[:2], "for name in sorted(os.listdir(folder)):\n    print(name)\n")
-UNPROCESSED = [name for name, case in CASES.items() if not case.generation]
 
 
 class Saved:
@@ -48,6 +47,7 @@ class Saved:
         self.target = cache(lambda name: CASES[name].save(folder / name))
         self.noisy = cache(lambda name: CASES[name].save(folder / f"{name} noisy", noise=NOISE))
         self.random = cache(lambda name: CASES[name].save(folder / f"{name} random", seed=9))
+        self.unruled = cache(lambda name: CASES[name].unruled().save(folder / f"{name} unruled"))
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +61,23 @@ def greedy(path: Path, ids: tuple[int, ...]) -> tuple[int, ...]:
     return plain_pair(path).greedy(ids, COUNT)
 
 
+@pytest.fixture(scope="module")
+def streaming() -> Iterator[Streaming]:
+    """One Ray and one loader process for all cases."""
+    streaming = Streaming()
+    yield streaming
+    streaming.close()
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_the_output_is_greedy_generation_with_a_draft_of_the_family(saved: Saved, name: str) -> None:
+def test_streamed_the_output_is_greedy_generation_with_a_draft_of_the_family(
+    saved: Saved, streaming: Streaming, name: str
+) -> None:
+    """At least half of the decoder's layers are read from disk in every pass, the encoder's for every prompt."""
     path = saved.target(name)
-    engine = local(path, saved.noisy(name), max_nodes=12, fallback="adaptive", max_context=128)
+    engine = streaming.local(
+        path, saved.noisy(name), max_nodes=8, fallback="fixed-tree", widths=(2, 1, 2), max_context=128
+    )
     passes, outputs = 0, []
     for text in TEXTS:
         ids = encode(path, text)
@@ -74,13 +87,16 @@ def test_the_output_is_greedy_generation_with_a_draft_of_the_family(saved: Saved
         passes += stats.target_passes
         outputs.append(found)
     assert len(set(outputs)) == len(TEXTS)  # the decoder does look at the prompt
+    memory = engine.job.memory
+    assert streaming.bytes_read() >= passes * memory.bytes_per_pass + len(TEXTS) * memory.bytes_per_prompt
+    assert set(memory.streamed) >= {spec.name for spec in engine.job.layout.encoder}
     assert len(TEXTS) * COUNT > 1.1 * passes
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
-def test_so_it_is_with_a_random_draft_of_the_family(saved: Saved, name: str) -> None:
+def test_so_it_is_with_a_random_draft_of_the_family(saved: Saved, streaming: Streaming, name: str) -> None:
     path = saved.target(name)
-    engine = local(path, saved.random(name), max_nodes=3, fallback="fixed-tree", widths=(3,), max_context=128)
+    engine = streaming.local(path, saved.random(name), max_nodes=3, fallback="fixed-tree", widths=(3,), max_context=128)
     for text in TEXTS:
         ids = encode(path, text)
         assert engine.generate(ids, COUNT, provisional=False)[0] == greedy(path, ids)
@@ -112,9 +128,9 @@ def test_a_draft_proposes_what_its_model_says(saved: Saved, name: str) -> None:
             assert tree.logprobs[node] == pytest.approx(said[tree.tokens[node]], abs=2e-4)
 
 
-@pytest.mark.parametrize("name", UNPROCESSED)
+@pytest.mark.parametrize("name", CASES)
 def test_trees_of_any_shape_are_judged_as_the_plain_model_does(saved: Saved, name: str) -> None:
-    path = saved.target(name)
+    path = saved.unruled(name)
     plain, (target, _) = plain_pair(path), target_of(path)
     for length in (3, 40):
         prompt, output = random_ids(length, seed=length), tuple[int, ...]()
@@ -126,6 +142,23 @@ def test_trees_of_any_shape_are_judged_as_the_plain_model_does(saved: Saved, nam
             expected, verdict = walk(tree, choices, frozenset()), target.verify(tree)
             assert (verdict.path, verdict.bonus) == (expected.path, expected.bonus)
             output = (*output, *expected.emitted(tree))
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_a_node_stands_at_its_depth_wherever_it_is_among_the_rows(saved: Saved, name: str) -> None:
+    """Four rows to a depth; where their positions are taken for others, other probabilities come out."""
+    path = saved.unruled(name)
+    prompt, plain, target = random_ids(20, seed=3), plain_pair(path), target_of(path)[0]
+    tree, parent = TokenTree.empty(), -1
+    for token in random_ids(8, seed=4):
+        tree = tree.extended([parent] * 4, [token, token - 1, token - 2, (token + 1) % BYTE_VOCAB], [-0.5] * 4)
+        parent = len(tree) - 4
+    target.begin(prompt, ())
+    with torch.inference_mode():
+        hidden, _ = target._forward([plain.start], tree)
+        found = target._logits(hidden[: 1 + len(tree)]).log_softmax(-1).numpy()
+    for node in range(-1, len(tree)):
+        assert found[1 + node] == pytest.approx(plain.logprobs(prompt, tokens_to(tree, node)), abs=2e-4)
 
 
 def random_ids(length: int, seed: int) -> tuple[int, ...]:
@@ -296,17 +329,9 @@ def test_the_first_token_is_the_generation_configs() -> None:
         start_token({}, {"pad_token_id": 0})
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """One Ray for all engines; they leave it alone."""
-    local = LocalRay(256 << 20)
-    yield
-    local.close()
-
-
-@pytest.mark.parametrize(("name", "extra"), [("t5, version 1.1", 0), ("marian", 300_000)])
-def test_streamed_by_real_actors_the_output_is_the_same(saved: Saved, local_ray: None, name: str, extra: int) -> None:
-    """Prompt after prompt: the loader goes back to the encoder. With more memory some layers are pinned."""
+@pytest.mark.parametrize(("name", "extra"), [("t5, version 1.1", 0), ("bart", 300_000)])
+def test_a_whole_engine_says_the_same(saved: Saved, streaming: Streaming, name: str, extra: int) -> None:
+    """Two starts: relative biases and a head of its own, all streamed; learned positions and a forced last token."""
     path = saved.target(name)
     prepared = job(
         path, saved.noisy(name), extra_bytes=extra, max_nodes=8, fallback="adaptive", dtype="float32", max_context=128
@@ -315,7 +340,7 @@ def test_streamed_by_real_actors_the_output_is_the_same(saved: Saved, local_ray:
     assert bool(prepared.memory.pinned) == bool(extra)
     tokenizer = AutoTokenizer.from_pretrained(path)
     with Engine.start(prepared) as engine:
-        for text in (*TEXTS, TEXTS[2], TEXTS[0]):
+        for text in (*TEXTS[:2], TEXTS[1], TEXTS[0]):
             result = engine.generate(text, max_new_tokens=COUNT)
             assert result.token_ids == greedy(path, encode(path, text))
             assert result.text == tokenizer.decode(result.token_ids, skip_special_tokens=True)

@@ -14,11 +14,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.acceptance import walk
 from llmcad_actors.core.tree import TokenTree
-from llmcad_actors.engine import Engine
 from llmcad_actors.errors import CheckpointError
 from llmcad_actors.models.processors import PathChoices
 from llmcad_actors.planning import prepare
-from tests.actors.engines import job
 from tests.fakes import chain
 from tests.models.checkpoints import target_of
 from tests.plain import Plain, encode
@@ -155,6 +153,32 @@ def test_without_a_generation_config_the_model_config_speaks(target: Path, tmp_p
     assert local(model, target, max_nodes=24).generate(prompt, COUNT)[0] == expected
 
 
+NEVER = 200  # what the target does not say
+
+
+@pytest.mark.parametrize("ends", [[NEVER, OFTEN], [OFTEN, NEVER], [NEVER, NEVER + 1, OFTEN, 0]], ids=str)
+@pytest.mark.parametrize("has_draft", [True, False])
+def test_any_of_several_ids_ends_the_text(target: Path, tmp_path: Path, ends: list[int], has_draft: bool) -> None:
+    model, prompt = with_settings(target, tmp_path / "model", {"eos_token_id": ends}), encode(target, PROMPT)
+    expected = Plain.of(model).greedy(prompt, COUNT)
+    assert len(expected) < COUNT
+    assert expected[-1] == OFTEN
+    assert local(model, target if has_draft else None, max_nodes=24).generate(prompt, COUNT)[0] == expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"transformers_version": "4.30.0"}, {"eos_token_id": None}], ids=str)
+def test_a_generation_config_that_names_no_end_has_none(target: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """The model config's is not asked for then, and neither is it for other settings."""
+    model = Path(shutil.copytree(target, tmp_path / "model"))
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": OFTEN}))
+    prompt = encode(target, PROMPT)
+    expected = Plain.of(model).greedy(prompt, COUNT)
+    assert OFTEN in expected[:-1]
+    assert local(model, target, max_nodes=24).generate(prompt, COUNT)[0] == expected
+
+
 def test_settings_that_only_sampling_heeds_are_left_alone(target: Path, tmp_path: Path) -> None:
     sampling = {"do_sample": True, "temperature": 0.6, "top_k": 1, "top_p": 0.5, "typical_p": 0.5}
     model = with_settings(target, tmp_path / "model", sampling)
@@ -204,15 +228,3 @@ def test_whole_rows_of_logits_are_counted_into_the_plan(target: Path, tmp_path: 
     plain, ruled = (prepare(EngineConfig(target=str(path), memory="8GB")) for path in (target, model))
     more = dict(ruled.memory.rows())["activations"] - dict(plain.memory.rows())["activations"]
     assert more == 129 * 257 * 4
-
-
-def test_the_engine_follows_the_rules_too(target: Path, tmp_path: Path) -> None:
-    """Processors of their own, and a last token that is forced; what is not followed is said."""
-    model = with_settings(target, tmp_path / "model", RULES["all"] | {"num_beams": 2})
-    said: list[str] = []
-    with Engine.start(job(model, target, dtype="float32", max_nodes=24), say=said.append) as engine:
-        result = engine.generate(PROMPT, max_new_tokens=24)
-    greedy = with_settings(target, tmp_path / "greedy", RULES["all"])
-    assert result.token_ids == Plain.of(greedy).greedy(encode(target, PROMPT), 24)
-    assert result.token_ids[-1] == 0
-    assert "num_beams" in said[0]

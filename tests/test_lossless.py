@@ -17,6 +17,7 @@ from llmcad_actors.messages import Event, Finished, Request, Tokens
 from llmcad_actors.models.draft import Draft, DraftModel
 from llmcad_actors.models.target import Target
 from llmcad_actors.planning import Prepared, prepare
+from llmcad_actors.ports import Verifier
 from tests.fakes import LocalDrafter, LocalVerifier, MemoryShards, TickingClock
 from tests.plain import Plain, encode
 from tests.tiny import BYTE_VOCAB, tiny_llama
@@ -45,13 +46,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Local:
-    """A job's models and the loop over them, without actors."""
+    """A job's draft and the loop, in this process, and the verifier that it is given."""
 
-    def __init__(self, job: Prepared) -> None:
+    def __init__(self, job: Prepared, verifier: Verifier) -> None:
         self.job = job
-        spec = job.verifier_spec()
-        target = Target(job.target, job.layout, MemoryShards(job.layout), dtype=torch.float32, capacity=spec.capacity)
-        self.verifier = LocalVerifier(target)
+        self.verifier = verifier
         self.drafter = self._drafter()
 
     def _drafter(self) -> LocalDrafter | None:
@@ -84,6 +83,7 @@ class Local:
 
 
 def local(target: Path, draft: Path | None, **settings: object) -> Local:
+    """A job without actors; all weights are in memory."""
     config = EngineConfig(
         target=str(target),
         draft=None if draft is None else str(draft),
@@ -91,7 +91,10 @@ def local(target: Path, draft: Path | None, **settings: object) -> Local:
         dtype="float32",
         **settings,  # type: ignore[arg-type]
     )
-    return Local(prepare(config))
+    job = prepare(config)
+    capacity = job.verifier_spec().capacity
+    model = Target(job.target, job.layout, MemoryShards(job.layout), dtype=torch.float32, capacity=capacity)
+    return Local(job, LocalVerifier(model))
 
 
 @pytest.mark.parametrize("target", ["untied", "tied"])

@@ -11,6 +11,7 @@ import pytest
 
 from llmcad_actors.errors import CheckpointError
 from llmcad_actors.model_names import find_model
+from llmcad_actors.storage.checkpoint import Checkpoint
 from tests.tiny import tiny_llama
 
 NAME, COMMIT = "some-lab/Tiny-1.0_b", "5e0c1a4ad0f6c4d4a4c9be0f0a1b2c3d4e5f6071"
@@ -108,6 +109,15 @@ def test_a_snapshot_that_is_not_whole_is_refused_with_what_is_missing(cache: Pat
     (snapshot / "model.safetensors.index.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json, model\.safetensors are missing"):
         find_model(NAME, cache)
+
+
+def test_a_snapshot_of_gguf_files_is_refused_as_such(cache: Path) -> None:
+    snapshot = find_model(NAME, cache)
+    for file in snapshot.iterdir():
+        file.unlink()
+    (snapshot / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"a GGUF file \(m\.gguf\), which llmcad does not read"):
+        Checkpoint.open(find_model(NAME, cache))
 
 
 def test_a_snapshot_of_pickles_is_for_opening_to_refuse(cache: Path) -> None:

@@ -13,6 +13,7 @@ from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.models.families import FAMILIES, family_of
 from llmcad_actors.planning import kv_bytes
 from llmcad_actors.storage.checkpoint import Checkpoint
+from tests.encoder_decoder_cases import CASES as ENCODER_DECODER
 from tests.family_cases import CASES
 from tests.models.checkpoints import CAPACITY, target_of
 from tests.sparse import sparse_checkpoint
@@ -20,13 +21,15 @@ from tests.sparse import sparse_checkpoint
 
 @dataclass(frozen=True)
 class Real:
-    """A published model: its config.json's sizes, its number of parameters, bytes of keys and values a token."""
+    """A published model: its config.json's sizes, its number of parameters, bytes that a token takes in the cache."""
 
     model_type: str
     billions: float
     cached: int  # bytes a token in bfloat16: 2 * layers * heads in the cache * width of a head * 2
     context: int
     fields: dict[str, Any]
+    encoded: int = 0  # bytes a token of the prompt: the encoder's states, and keys and values of them
+    has_head: bool = False  # in the file, though transformers would tie it
 
 
 def sizes(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int, **more: object) -> dict[str, Any]:
@@ -41,6 +44,22 @@ def sizes(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int,
     }
 
 
+def t5(width: int, head: int, inner: int, heads: int, vocab: int, **more: object) -> dict[str, Any]:
+    """24 layers in each half."""
+    layers = {"num_layers": 24, "num_decoder_layers": 24, "num_heads": heads, "vocab_size": vocab}
+    return {"d_model": width, "d_kv": head, "d_ff": inner, **layers, **more}
+
+
+def bart(width: int, layers: int, heads: int, vocab: int, context: int = 1024, **more: object) -> dict[str, Any]:
+    halves = {
+        f"{half}_{key}": value
+        for half in ("encoder", "decoder")
+        for key, value in {"layers": layers, "attention_heads": heads, "ffn_dim": 4 * width}.items()
+    }
+    return {"d_model": width, "vocab_size": vocab, "max_position_embeddings": context, **halves, **more}
+
+
+GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -260,13 +279,38 @@ REAL: dict[str, Real] = {
             "max_position_embeddings": 2048,
         },
     ),
+    "T5-11B": Real("t5", 11.307, 2 * 24 * 16384 * 2, 32768, t5(1024, 128, 65536, 128, 32128), encoded=1024 * 2),
+    "FLAN-T5-XXL": Real(
+        "t5",
+        11.135,
+        2 * 24 * 4096 * 2,
+        32768,
+        t5(4096, 64, 10240, 64, 32128, **GATED),
+        encoded=4096 * 2,
+        has_head=True,
+    ),
+    "mT5-XXL": Real(
+        "mt5",
+        12.921,
+        2 * 24 * 4096 * 2,
+        32768,
+        t5(4096, 64, 10240, 64, 250112, **GATED),
+        encoded=4096 * 2,
+        has_head=True,
+    ),
+    "BART-large": Real("bart", 0.4063, 2 * 12 * 1024 * 2, 1024, bart(1024, 12, 16, 50265), encoded=1024 * 2),
+    "mBART-50": Real("mbart", 0.6109, 2 * 12 * 1024 * 2, 1024, bart(1024, 12, 16, 250054), encoded=1024 * 2),
+    "opus-mt-en-de": Real(
+        "marian", 0.07441, 2 * 6 * 512 * 2, 512, bart(512, 6, 8, 58101, 512, pad_token_id=58100), encoded=512 * 2
+    ),
+    "Pegasus-large": Real("pegasus", 0.5708, 2 * 16 * 1024 * 2, 1024, bart(1024, 16, 16, 96103), encoded=1024 * 2),
 }
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_models_plan_streams_its_layers_within_the_cap(name: str, tmp_path: Path) -> None:
     real = REAL[name]
-    path = sparse_checkpoint(tmp_path / "model", real.model_type, real.fields)
+    path = sparse_checkpoint(tmp_path / "model", real.model_type, real.fields, has_head=real.has_head)
     assert sum(8 * 512 < file.stat().st_blocks * 512 < 10**7 for file in path.glob("*.safetensors")) == 1  # a hole
     done = CliRunner().invoke(app, ["plan", "--target", str(path), "--memory", "12GB", "--json"])
     assert done.exit_code == 0, done.output
@@ -274,11 +318,13 @@ def test_a_real_models_plan_streams_its_layers_within_the_cap(name: str, tmp_pat
     assert plan["target_bytes"] / 2e9 == pytest.approx(real.billions, rel=1e-3)
     assert plan["total_bytes"] <= plan["memory_cap_bytes"] == 12 * 10**9
     family = family_of({"model_type": real.model_type, **real.fields})
-    layers = [shard for shard in plan["pinned"] + plan["streamed"] if shard.startswith("layer.")]
-    assert len(layers) == family.num_layers(real.fields)
+    shards = plan["pinned"] + plan["streamed"]
+    for half, count in (("layer.", family.num_layers), ("encoder.", family.num_encoder_layers)):
+        assert sum(shard.startswith(half) for shard in shards) == count(real.fields)
     assert family.context(real.fields) == real.context
-    rows = min(real.context, 2048) + 2 * 128
-    assert plan["parts"]["target cache"] == rows * real.cached
+    context = min(real.context, 2048)
+    kept = context * (real.encoded + real.cached) if real.encoded else 0
+    assert plan["parts"]["target cache"] == (context + 2 * 128) * real.cached + kept
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -291,5 +337,6 @@ def test_the_cache_takes_what_the_plan_says(name: str, tmp_path: Path) -> None:
 
 
 def test_each_family_has_a_real_model_and_a_tiny_one() -> None:
-    known = {model_type for family in FAMILIES for model_type in family.model_types if family.encoder is None}
-    assert {real.model_type for real in REAL.values()} == {case.model_type for case in CASES.values()} == known
+    known = {model_type for family in FAMILIES for model_type in family.model_types}
+    tiny = {case.model_type for cases in (CASES, ENCODER_DECODER) for case in cases.values()}
+    assert {real.model_type for real in REAL.values()} == tiny == known

@@ -1,7 +1,9 @@
 """Tiny random checkpoints on disk, with a tokenizer, built from config classes."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -63,3 +65,13 @@ def tiny_llama(
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(tokenizer_of / name, path / name)
     return path
+
+
+def with_template(folder: Path, template: str | None, **config: Any) -> Path:
+    """A directory with a byte tokenizer, this chat template, and this in its tokenizer's config."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return folder

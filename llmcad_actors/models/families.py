@@ -191,7 +191,10 @@ def family_of(config: Config) -> Family:
             return family
     known = ", ".join(sorted(t for f in FAMILIES for t in f.model_types))
     said = "has no model_type" if model_type is None else f"says model_type {model_type!r}"
-    raise CheckpointError(f"config.json {said}, which llmcad does not know; known architectures: {known}.")
+    why = "which llmcad does not know"
+    if config.get("vision_config") is not None:
+        why = "a model of pictures and text, and llmcad runs text alone"
+    raise CheckpointError(f"config.json {said}, {why}; known architectures: {known}.")
 
 
 def _check_settings(family: Family, config: Config) -> None:

@@ -24,6 +24,8 @@ COMPUTED = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(bias|masked_bias)|position_ids)$"
 )
 
+_NO_GGUF = "which llmcad does not read: use the model's original Hugging Face safetensors files"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -31,7 +33,8 @@ class Checkpoint:
 
     path: Path
     config: Mapping[str, Any]
-    generation_config: Mapping[str, Any]
+    generation_settings: Mapping[str, Any]
+    """generation_config.json alone, whatever it leaves out; config.json where there is none, as transformers."""
     tensors: Mapping[str, TensorInfo]
 
     @classmethod
@@ -42,12 +45,7 @@ class Checkpoint:
         tensors = {name: info for name, info in _headers(path).items() if not COMPUTED.search(name)}
         _check_dtypes(path, tensors.values())
         generation = path / "generation_config.json"
-        return cls(path, config, _json(generation) if generation.is_file() else {}, tensors)
-
-    @property
-    def generation_settings(self) -> Mapping[str, Any]:
-        """What decides about generating: generation_config.json; config.json where there is none, as transformers."""
-        return self.generation_config or self.config
+        return cls(path, config, _json(generation) if generation.is_file() else config, tensors)
 
     @property
     def total_bytes(self) -> int:
@@ -66,6 +64,8 @@ class Checkpoint:
 def _config(path: Path) -> Mapping[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a local Hugging Face model directory.")
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path} is a GGUF file, {_NO_GGUF}.")
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a directory; give the directory that holds config.json and the safetensors files."
@@ -148,10 +148,7 @@ def _gguf_hint(path: Path) -> str:
     gguf = sorted(f.name for f in path.glob("*.gguf"))
     if not gguf:
         return ""
-    return (
-        f" but a GGUF file ({gguf[0]}), which llmcad does not read: "
-        "use the model's original Hugging Face safetensors files"
-    )
+    return f" but a GGUF file ({gguf[0]}), {_NO_GGUF}"
 
 
 def _check_dtypes(path: Path, tensors: Iterable[TensorInfo]) -> None:

@@ -10,9 +10,10 @@ from llmcad_actors.bundled import bundled_draft, bundled_target
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import smallest_cap
 from llmcad_actors.planning import Prepared, budget_inputs, prepare
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, with_template
 
 MB = 1_000_000
+TEMPLATE = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ messages[0].content }}"
 Job = Callable[[Path], Prepared]
 """A prepared job; makes its models in the folder it is given."""
 
@@ -35,22 +36,17 @@ def good_draft(folder: Path) -> Prepared:
     return job(bundled_target(), bundled_draft(), extra_bytes=60 * MB, dtype="float32", fallback="adaptive")
 
 
-def random_draft(folder: Path) -> Prepared:
-    """The bundled target, some of it pinned, and a draft that is never right."""
-    draft = tiny_llama(folder / "far", seed=5, vocab=4096, layers=1, tokenizer_of=bundled_draft())
-    return job(bundled_target(), draft, extra_bytes=10 * MB, dtype="float32", max_nodes=6)
-
-
 def random_target(folder: Path) -> Prepared:
-    """Random models, all of the target streamed from several files, in many pieces."""
-    target = tiny_llama(folder / "target", seed=1, max_file="100KB")
+    """Random models, all of the target streamed from several files, in many pieces; the draft is never right."""
+    target = with_template(tiny_llama(folder / "target", seed=1, max_file="100KB"), TEMPLATE)
     draft = tiny_llama(folder / "draft", seed=2, vocab=300, layers=1)
     return job(target, draft, max_nodes=6, piece_bytes=60_000)
 
 
 def no_draft(folder: Path) -> Prepared:
-    """A random target by itself."""
-    return job(tiny_llama(folder / "target", seed=3, tied=True), None)
+    """A random target by itself, some of it pinned. Its tokenizer is what a class makes of it."""
+    target = with_template(tiny_llama(folder / "target", seed=3, tied=True), TEMPLATE, tokenizer_class="GPT2Tokenizer")
+    return job(target, None, extra_bytes=200_000)
 
 
 def slow(folder: Path) -> Prepared:

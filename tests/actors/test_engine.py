@@ -9,12 +9,13 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from transformers import AutoTokenizer
 
 from llmcad_actors import Engine
 from llmcad_actors.actors.calls import fetch, fetch_async
 from llmcad_actors.actors.runtime import LocalRay
 from llmcad_actors.errors import ActorFailure, ConfigError, DeadlineError, MemoryCapError
-from tests.actors.engines import Job, good_draft, no_draft, processes_of, random_draft, random_target, slow
+from tests.actors.engines import Job, good_draft, no_draft, processes_of, random_target, slow
 from tests.plain import Plain, encode
 
 COUNT = 64
@@ -22,7 +23,7 @@ PROMPTS = (
     "import json\n\n\ndef load(path):\n    ",
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
 )
-ALL: list[Job] = [good_draft, random_draft, random_target, no_draft]
+ALL: list[Job] = [good_draft, random_target, no_draft]
 
 
 def with_engine(*jobs: Job) -> pytest.MarkDecorator:
@@ -184,6 +185,17 @@ def test_text_of_any_script_comes_back_whole(engine: Engine) -> None:
 def test_an_empty_prompt_begins_with_the_models_first_token(engine: Engine) -> None:
     result = engine.generate("", max_new_tokens=12)
     assert result.token_ids == Plain.of(engine.prepared.target.path).greedy((0,), 12)
+
+
+@with_engine(random_target, no_draft)
+def test_a_chat_message_is_answered_behind_the_models_template(engine: Engine) -> None:
+    path = engine.prepared.target.path
+    ids = AutoTokenizer.from_pretrained(path).apply_chat_template(
+        [{"role": "user", "content": "Hello"}], add_generation_prompt=True
+    )["input_ids"]
+    chatting, plain = engine.generate("Hello", max_new_tokens=8, chat=True), engine.generate("Hello", max_new_tokens=8)
+    assert chatting.token_ids == Plain.of(path).greedy(ids, 8)
+    assert chatting.token_ids != plain.token_ids
 
 
 @with_engine(random_target)

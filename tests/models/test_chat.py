@@ -5,7 +5,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -13,13 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from llmcad_actors.engine import Engine
 from llmcad_actors.errors import TokenizerError
 from llmcad_actors.models.chat import auto_special_tokens, read_chat_template
 from llmcad_actors.models.tokenizer import auto_tokenizer_json, is_plain, read_tokenizer
-from tests.actors.engines import job
-from tests.plain import Plain
-from tests.tiny import byte_tokenizer, tiny_llama
+from tests.tiny import tiny_llama, with_template
 
 CHATML = """{%- for message in messages %}
     {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|end|>' + '\\n' }}
@@ -40,19 +36,9 @@ TEMPLATES = {
 texts = st.text(max_size=30)
 
 
-def saved(folder: Path, template: str | None, **config: Any) -> Path:
-    """A directory with a byte tokenizer and this template."""
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | config))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: saved(tmp_path_factory.mktemp("chat"), template) for name, template in TEMPLATES.items()}
+    return {name: with_template(tmp_path_factory.mktemp("chat"), template) for name, template in TEMPLATES.items()}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -71,7 +57,7 @@ def test_text_and_ids_are_those_of_apply_chat_template(folders: dict[str, Path],
 
 def test_a_class_that_knows_more_tokens_is_asked(tmp_path: Path) -> None:
     """What begins a text is in no file here: it is the class's default."""
-    folder = saved(tmp_path, TEMPLATES["special tokens"], tokenizer_class="GPT2Tokenizer")
+    folder = with_template(tmp_path, TEMPLATES["special tokens"], tokenizer_class="GPT2Tokenizer")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k[1:] != "os_token"}))
     assert not is_plain(folder)
@@ -88,7 +74,7 @@ def test_templates_may_stand_in_the_tokenizers_config(tmp_path: Path) -> None:
     """As older models have them, one or several; the file of its own wins."""
     several = [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes {{ messages[0].content }}"}]
     for template in (several, several[1]["template"]):
-        folder = saved(tmp_path / str(type(template)), None, chat_template=template)
+        folder = with_template(tmp_path / str(type(template)), None, chat_template=template)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         expected = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
         assert read_chat_template(folder).render("x") == expected == "yes x"
@@ -119,19 +105,7 @@ def test_a_model_without_a_template_is_refused_before_anything_starts(tmp_path: 
     ],
 )
 def test_a_template_that_fails_or_breaks_out_is_refused(tmp_path: Path, template: str) -> None:
-    folder = saved(tmp_path, None)
+    folder = with_template(tmp_path, None)
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(TokenizerError, match=r"the chat template of .* cannot be applied"):
         read_chat_template(folder).render("Hi")
-
-
-@pytest.mark.parametrize("config", [{}, {"tokenizer_class": "GPT2Tokenizer"}], ids=["plain", "class"])
-def test_the_engine_answers_a_chat_message(tmp_path: Path, config: dict[str, str]) -> None:
-    target = saved(tiny_llama(tmp_path, seed=3), TEMPLATES["special tokens"], **config)
-    ids = AutoTokenizer.from_pretrained(target).apply_chat_template(
-        [{"role": "user", "content": "Hello"}], add_generation_prompt=True
-    )["input_ids"]
-    with Engine.start(job(target, None)) as engine:
-        chatting, plain = engine.generate("Hello", max_new_tokens=8, chat=True), engine.generate("Hello")
-    assert chatting.token_ids == Plain.of(target).greedy(ids, 8)
-    assert chatting.token_ids != plain.token_ids[:8]

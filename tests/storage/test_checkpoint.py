@@ -31,7 +31,7 @@ def test_offsets_agree_with_the_safetensors_library() -> None:
     name = "model.layers.3.mlp.up_proj.weight"
     assert raw(checkpoint.tensors[name]) == bytes(library[name]["data"])
     assert list(checkpoint.tensors[name].shape) == library[name]["shape"]
-    assert checkpoint.generation_config["eos_token_id"] == 0
+    assert checkpoint.generation_settings["eos_token_id"] == 0
 
 
 def test_one_file_and_many_files_hold_the_same_tensors(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_one_file_and_many_files_hold_the_same_tensors(tmp_path: Path) -> None:
     assert one.tensors.keys() == many.tensors.keys() == SHAPES.keys()
     assert all(raw(one.tensors[n]) == raw(many.tensors[n]) for n in SHAPES)
     assert len({i.file for i in many.tensors.values()}) == 3
-    assert one.generation_config == {}
+    assert one.generation_settings == one.config
 
 
 def test_rows_of_a_tensor_are_a_range_of_its_bytes(tmp_path: Path) -> None:
