@@ -1,6 +1,6 @@
-"""How many rows a pass really runs: few sizes, so that the same matmul kernels run whatever the tree."""
+"""How many rows a pass really runs: few sizes, and those that matmul kernels fill."""
 
-ROW_SIZES = (1, *range(16, 161, 16), 192, 256, 320, 384, 512)
+ROW_SIZES: tuple[int, ...] = (1, *range(16, 161, 16), 192, 256, 320, 384, 512)
 
 
 def padded_rows(rows: int) -> int:

@@ -4,8 +4,9 @@ Its threads share the outputs as they come: one that is held up by another progr
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import PathFinder
 
@@ -17,6 +18,32 @@ from llmcad_actors.processor import has_vectors
 PANEL = 16  # as in half_weights.c
 KINDS = {torch.bfloat16: 0, torch.float16: 1}
 POINTER, LONG = ctypes.c_void_p, ctypes.c_long
+
+
+class Threads:
+    """Who has the cores, torch or the kernel: OpenMP's threads spin on after every product, and would take them."""
+
+    def __init__(self) -> None:
+        self._taken = 0
+
+    @property
+    def count(self) -> int:
+        """The kernel's."""
+        return self._taken or torch.get_num_threads()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """The kernel keeps all of torch's threads inside, and torch one."""
+        self._taken = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._taken)
+            self._taken = 0
+
+
+threads = Threads()
 
 
 @cache
@@ -42,9 +69,9 @@ def times(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _on_all_threads(work: Callable[[], None]) -> None:
-    """Run `work` here and in as many threads as torch uses; one that has not begun when this one ends is not needed."""
-    others = torch.get_num_threads() - 1
-    started = [_threads(others).submit(work) for _ in range(others)]
+    """Run `work` here and in the other threads; one that has not begun when this one ends is not needed."""
+    others = threads.count - 1
+    started = [_pool(others).submit(work) for _ in range(others)]
     work()
     for other in started:
         if not other.cancel():
@@ -52,7 +79,7 @@ def _on_all_threads(work: Callable[[], None]) -> None:
 
 
 @cache
-def _threads(count: int) -> ThreadPoolExecutor:
+def _pool(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="half-weights")
 
 

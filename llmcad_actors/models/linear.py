@@ -8,6 +8,7 @@ formed in float32 and rounded once, as by bfloat16 instructions.
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,11 @@ widened = _Widened()
 def widening_pays(dtype: torch.dtype) -> bool:
     """Whether `widened` beats torch's own for `dtype` on this machine."""
     return dtype == torch.bfloat16 and not has_bfloat16()
+
+
+def threads_for(rows: int) -> AbstractContextManager[None]:
+    """Around a pass of `rows` rows whose matrices are all multiplied by `widened`."""
+    return half_weights.threads.taken() if rows > NATIVE_ROWS and half_weights.available() else nullcontext()
 
 
 def install(model: nn.Module, how: Linear) -> frozenset[str]:

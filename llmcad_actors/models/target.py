@@ -7,7 +7,7 @@ from a `ShardSource`.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Target:
         self.dtype = dtype
         self._model = model = build_skeleton(Path(checkpoint.path), dtype)
         self._linear = linear.chosen(DTYPES[checkpoint.dtype], dtype)
+        self._is_widened = self._linear is linear.widened  # all matrices of all layers
         if layout.family.encoder is not None:
             self._stream(layout.family.encoder.layers, layout.encoder, None)
         self._stream(layout.family.layers, layout.layers, None if layout.family.encoder else prefill_chunk)
@@ -82,6 +83,8 @@ class Target:
         check_shapes(layers[0], self.layout, specs[0])
         converted = self.layout.family.converted
         as_stored = frozenset(n for n in linear.install(layers, self._linear) if not n.endswith(converted))
+        matrices = {self.layout.leaf(tensor.name) for tensor in specs[0].tensors if len(tensor.shape) > 1}
+        self._is_widened &= matrices <= as_stored
         if chunk_rows is not None:
             chunks.install(self._model.get_submodule(name.rpartition(".")[0]), layers, chunk_rows)
         stream_layers(layers, lambda index: self._layer_weights(specs[index], as_stored))
@@ -150,9 +153,10 @@ class Target:
         cached = self._cache.length
         pending = self._tokens[cached:]
         try:
-            hidden, rows = self._forward(pending, tree)
-            choices = self._choices(hidden[len(pending) - 1 : len(pending) + len(tree)], tree)
-            accepted = walk(tree, choices, self._stop)
+            with self._cores(len(pending) + len(tree)):
+                hidden, rows = self._forward(pending, tree)
+                choices = self._choices(hidden[len(pending) - 1 : len(pending) + len(tree)], tree)
+                accepted = walk(tree, choices, self._stop)
         except BaseException:
             self._cache.keep(cached, ())  # the layers that did run have added rows
             raise
@@ -160,6 +164,9 @@ class Target:
         seconds = time.perf_counter() - started
         stats = PassStats(seconds, self._stall_s, seconds - self._stall_s, rows)
         return Verdict(accepted.path, accepted.bonus, accepted.stopped, stats)
+
+    def _cores(self, rows: int) -> AbstractContextManager[None]:
+        return linear.threads_for(rows) if self._is_widened else nullcontext()
 
     def _forward(self, pending: list[int], tree: TokenTree) -> tuple[torch.Tensor, int]:
         """Final hidden states [rows, hidden] of the pending tokens and the tree."""

@@ -1,6 +1,7 @@
 """The package's own kernel: its sums are right for every shape, and a row's do not depend on the rows beside it."""
 
 import shutil
+from contextlib import suppress
 
 import pytest
 import torch
@@ -83,5 +84,20 @@ def test_every_output_is_computed_once_whatever_the_threads(threads: int) -> Non
         torch.set_num_threads(threads)
         for _ in range(20):
             torch.testing.assert_close(half_weights.times(x, weight), expected, rtol=0, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernel
+def test_torch_leaves_the_cores_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And has them again afterwards, also after an error."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with half_weights.threads.taken():
+            assert (half_weights.threads.count, torch.get_num_threads()) == (2, 1)
+        with suppress(ValueError), half_weights.threads.taken():
+            raise ValueError
+        assert half_weights.threads.count == torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
