@@ -20,7 +20,11 @@ SLICE_TIMEOUT_S = 300.0
 
 class DraftActor:
     def __init__(self, spec: bytes) -> None:
-        import torch  # here, not above: the process that starts the actors knows this class, and has no torch
+        # Here, not above: the process that starts the actors knows this class, and has no torch.
+        from llmcad_actors.models import thin_imports
+
+        thin_imports.install()
+        import torch
 
         from llmcad_actors.models.draft import Draft, DraftModel
         from llmcad_actors.models.tensors import compute_dtype

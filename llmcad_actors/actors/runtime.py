@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private import services
 
+from llmcad_actors.actors import idle_agent
 from llmcad_actors.actors.calls import fetch
 from llmcad_actors.actors.coordinator import Coordinator
 from llmcad_actors.actors.draft import DraftActor
@@ -32,6 +35,7 @@ ENVIRONMENT = {
     "RAY_usage_stats_enabled": "0",
     "RAY_free_objects_period_milliseconds": "0",  # what is dropped is needed at once
     "RAY_enable_metrics_collection": "0",
+    "RAY_enable_pipe_based_agent_to_parent_health_check": "1",  # an idle agent ends when its standard input does
     "RAY_start_python_gc_manager_thread": "0",  # it collects garbage for 0.2 s whenever the store is well used
     "TRANSFORMERS_SDPA_FORCE_GQA": "1",  # grouped heads without copying keys and values: half the attention time
     "HF_HUB_OFFLINE": "1",
@@ -41,6 +45,7 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "1048576",
     "PYTHONWARNINGS": "ignore",
 }
+IDLE_AGENTS = ("dashboard_agent", "runtime_env_agent")  # the raylet ends without them; nobody here calls them
 SPARE_DAEMONS = ("kill_monitor", "kill_dashboard", "kill_log_monitor")  # 150 MB that one machine has no use for
 
 
@@ -59,6 +64,23 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def idle_agents() -> Iterator[None]:
+    """Inside the block, Ray starts `idle_agent.py` for the agents that nobody calls."""
+    build = services._build_python_executable_command_memory_profileable
+
+    def command(component: str, *args: Any, **kwargs: Any) -> list[str]:
+        if component in IDLE_AGENTS:
+            return [sys.executable, "-I", "-S", idle_agent.__file__]
+        return list(build(component, *args, **kwargs))
+
+    services._build_python_executable_command_memory_profileable = command
+    try:
+        yield
+    finally:
+        services._build_python_executable_command_memory_profileable = build
+
+
 class LocalRay:
     """A Ray instance of our own on this machine; or the caller's, if one is running, which we then leave alone."""
 
@@ -68,7 +90,7 @@ class LocalRay:
         if self.is_ours:
             check_shared_memory(store_bytes)
             self._folder = tempfile.mkdtemp(prefix="llmcad-")
-            with environment(ENVIRONMENT):
+            with environment(ENVIRONMENT), idle_agents():
                 self._start(store_bytes)
 
     def _start(self, store_bytes: int) -> None:

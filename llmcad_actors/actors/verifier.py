@@ -15,7 +15,11 @@ from llmcad_actors.storage.layout import layout_of
 
 class VerifierActor:
     def __init__(self, spec: bytes, loader: Any) -> None:
-        import torch  # here, not above: the process that starts the actors knows this class, and has no torch
+        # Here, not above: the process that starts the actors knows this class, and has no torch.
+        from llmcad_actors.models import thin_imports
+
+        thin_imports.install()
+        import torch
 
         from llmcad_actors.models.target import Target
         from llmcad_actors.models.tensors import compute_dtype
