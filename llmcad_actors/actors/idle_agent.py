@@ -13,7 +13,9 @@ NOBODY = "-1"
 
 def port_files(arguments: list[str]) -> list[str]:
     """Paths of the files in which the raylet looks for the ports, from the agent's own arguments."""
-    options = dict(argument[2:].split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument)
+    options = dict(
+        argument[2:].split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument
+    )
     return [f"{options['session-dir']}/{port}_{options['node-id']}" for port in PORTS]
 
 

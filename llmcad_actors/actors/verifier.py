@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llmcad_actors.actors.library_pages import drop_code
 from llmcad_actors.actors.shards import LeasedShards
 from llmcad_actors.actors.traced import TracedShards
 from llmcad_actors.config import VerifierSpec
@@ -39,6 +40,7 @@ class VerifierActor:
         self._target = Target(
             checkpoint, layout, source, dtype=dtype, capacity=setup.capacity, prefill_chunk=setup.prefill_chunk
         )
+        drop_code()
 
     def ready(self) -> None:
         """Returns when the actor is up; raises what its construction raised."""
