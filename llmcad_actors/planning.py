@@ -26,6 +26,7 @@ from llmcad_actors.core.fallback import (
 from llmcad_actors.errors import ConfigError
 from llmcad_actors.limits import memory_limit, within
 from llmcad_actors.model_names import find_model
+from llmcad_actors.models import thin_imports
 from llmcad_actors.models.families import family_of
 from llmcad_actors.models.generation_rules import active_rules, ignored_rules
 from llmcad_actors.models.tokenizer import check_same_vocabulary
@@ -46,10 +47,11 @@ DRAFT_SLOTS = 1024
 """Tree nodes whose keys and values the draft holds at once."""
 
 MB = 1_000_000
-DAEMONS = 180 * MB
-THIN_PROCESSES = 200 * MB  # the caller, the coordinator, the loader
-TORCH_PROCESS = 335 * MB
-"""Proportional set sizes after start, without weights, as `benchmarks/memory.py` measures them."""
+DAEMONS = 83 * MB
+THIN_PROCESSES = 232 * MB  # the caller, the coordinator, the loader
+TORCH_PROCESS = 233 * MB
+WHOLE_TORCH_PROCESS = 335 * MB  # with all that an untested torch imports
+"""Proportional set sizes after start, without weights, as `benchmarks/memory.py` measures them, and 3 %."""
 
 DISK_BYTES_PER_S = 2.0e9
 MATMUL_FLOPS = 4.0e11
@@ -227,7 +229,7 @@ def budget_inputs(
     """What each part will take, in bytes."""
     width = compute_bytes(target, config.dtype)
     return BudgetInputs(
-        overhead_bytes=DAEMONS + THIN_PROCESSES + TORCH_PROCESS * (1 if draft is None else 2),
+        overhead_bytes=overhead_bytes(1 if draft is None else 2),
         draft_weights=0
         if draft is None
         else draft.total_bytes * compute_bytes(draft, draft_dtype(config, draft)) // stored_bytes(draft),
@@ -242,6 +244,11 @@ def budget_inputs(
         ),
         shards=tuple(budget_shard(spec, config.piece_bytes, spec in layout.encoder) for spec in layout.shards),
     )
+
+
+def overhead_bytes(models: int) -> int:
+    """What runs before anything of so many models is held."""
+    return DAEMONS + THIN_PROCESSES + models * (TORCH_PROCESS if thin_imports.is_tested() else WHOLE_TORCH_PROCESS)
 
 
 def budget_shard(spec: ShardSpec, piece_bytes: int, once: bool = False) -> Shard:

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from llmcad_actors.actors.library_pages import drop_code
 from llmcad_actors.config import DraftSpec
 from llmcad_actors.core.builders import make_builder
 from llmcad_actors.core.trace import Recorder
@@ -20,7 +21,11 @@ SLICE_TIMEOUT_S = 300.0
 
 class DraftActor:
     def __init__(self, spec: bytes) -> None:
-        import torch  # here, not above: the process that starts the actors knows this class, and has no torch
+        # Here, not above: the process that starts the actors knows this class, and has no torch.
+        from llmcad_actors.models import thin_imports
+
+        thin_imports.install()
+        import torch
 
         from llmcad_actors.models.draft import Draft, DraftModel
         from llmcad_actors.models.tensors import compute_dtype
@@ -43,6 +48,7 @@ class DraftActor:
         self._draft = Draft(model, builder, batch=setup.batch, max_positions=setup.context, recorder=self._recorder)
         self._slice_steps = setup.slice_steps
         self._leftover = ThreadPoolExecutor(max_workers=1, initializer=give_way)
+        drop_code()
 
     def ready(self) -> None:
         """Returns when the actor is up; raises what its construction raised."""

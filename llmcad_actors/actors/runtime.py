@@ -3,14 +3,17 @@
 import logging
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private import ray_constants, services
 
+from llmcad_actors.actors import idle_agent
 from llmcad_actors.actors.calls import fetch
 from llmcad_actors.actors.coordinator import Coordinator
 from llmcad_actors.actors.draft import DraftActor
@@ -26,12 +29,14 @@ START_TIMEOUT_S = 180.0
 PIN_TIMEOUT_S = 3600.0
 NUM_ACTORS = 4
 
-ENVIRONMENT = {
+ENVIRONMENT: dict[str, str | None] = {
+    "RAY_JOB_CONFIG_JSON_ENV_VAR": None,  # of a job of another Ray around us, with a runtime environment
     "RAY_worker_niceness": "0",  # at Ray's default, 15, a drafting process slows a pass to half
     "RAY_memory_monitor_refresh_ms": "0",  # a nearly full machine is normal here: the byte budget rules
     "RAY_usage_stats_enabled": "0",
     "RAY_free_objects_period_milliseconds": "0",  # what is dropped is needed at once
     "RAY_enable_metrics_collection": "0",
+    "RAY_enable_pipe_based_agent_to_parent_health_check": "1",  # an idle agent ends when its standard input does
     "RAY_start_python_gc_manager_thread": "0",  # it collects garbage for 0.2 s whenever the store is well used
     "TRANSFORMERS_SDPA_FORCE_GQA": "1",  # grouped heads without copying keys and values: half the attention time
     "HF_HUB_OFFLINE": "1",
@@ -41,22 +46,49 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "1048576",
     "PYTHONWARNINGS": "ignore",
 }
+IDLE_AGENTS = ("dashboard_agent", "runtime_env_agent")  # the raylet ends without them; nobody here calls them
 SPARE_DAEMONS = ("kill_monitor", "kill_dashboard", "kill_log_monitor")  # 150 MB that one machine has no use for
 
 
 @contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables inside the block; children started there keep them."""
+def environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Set environment variables, or unset them, inside the block; children started there keep them."""
     before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    _set(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextmanager
+def idle_agents() -> Iterator[None]:
+    """Inside the block, Ray starts `idle_agent.py` for the agents that nobody calls."""
+    build, asks_uv = (
+        services._build_python_executable_command_memory_profileable,
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV,
+    )
+
+    def command(component: str, *args: Any, **kwargs: Any) -> list[str]:
+        if component in IDLE_AGENTS:
+            return [sys.executable, "-I", "-S", idle_agent.__file__]
+        return list(build(component, *args, **kwargs))
+
+    services._build_python_executable_command_memory_profileable = command
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False  # under `uv run` a runtime environment would be made
+    try:
+        yield
+    finally:
+        services._build_python_executable_command_memory_profileable = build
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = asks_uv
 
 
 class LocalRay:
@@ -68,7 +100,7 @@ class LocalRay:
         if self.is_ours:
             check_shared_memory(store_bytes)
             self._folder = tempfile.mkdtemp(prefix="llmcad-")
-            with environment(ENVIRONMENT):
+            with environment(ENVIRONMENT), idle_agents():
                 self._start(store_bytes)
 
     def _start(self, store_bytes: int) -> None:
@@ -81,6 +113,7 @@ class LocalRay:
             log_to_driver=False,
             logging_level=logging.ERROR,
             _temp_dir=self._folder,
+            _skip_env_hook=True,  # no runtime environment: nobody listens to make it
             _system_config={"automatic_object_spilling_enabled": False},
         )
         node = ray._private.worker._global_node

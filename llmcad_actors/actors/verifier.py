@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llmcad_actors.actors.library_pages import drop_code
 from llmcad_actors.actors.shards import LeasedShards
 from llmcad_actors.actors.traced import TracedShards
 from llmcad_actors.config import VerifierSpec
@@ -15,7 +16,11 @@ from llmcad_actors.storage.layout import layout_of
 
 class VerifierActor:
     def __init__(self, spec: bytes, loader: Any) -> None:
-        import torch  # here, not above: the process that starts the actors knows this class, and has no torch
+        # Here, not above: the process that starts the actors knows this class, and has no torch.
+        from llmcad_actors.models import thin_imports
+
+        thin_imports.install()
+        import torch
 
         from llmcad_actors.models.target import Target
         from llmcad_actors.models.tensors import compute_dtype
@@ -35,6 +40,7 @@ class VerifierActor:
         self._target = Target(
             checkpoint, layout, source, dtype=dtype, capacity=setup.capacity, prefill_chunk=setup.prefill_chunk
         )
+        drop_code()
 
     def ready(self) -> None:
         """Returns when the actor is up; raises what its construction raised."""

@@ -8,6 +8,7 @@ next is the builder's business; when to hand over is the policy's.
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from llmcad_actors.models.skeleton import auto_model
 from llmcad_actors.models.softcap import soft_capped, softcap_of
 from llmcad_actors.models.stacks import stack_of
 from llmcad_actors.models.target import common_prefix
+from llmcad_actors.models.thin_imports import with_shapes
 
 PREFIX_ROWS = 256
 """Rows of a prompt that run at once: what they take stays small however long it is."""
@@ -40,7 +42,8 @@ class DraftModel:
         """
         config = AutoConfig.from_pretrained(path, local_files_only=True).to_dict()
         family = family_of(config)
-        self._model = auto_model(family).from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+        load = partial(auto_model(family).from_pretrained, path, dtype=dtype, local_files_only=True)
+        self._model = with_shapes(load).eval()
         self._base = self._model.base_model
         self._stack = stack_of(self._model, self._model.generation_config.to_dict())
         self._head = self._model.get_output_embeddings()

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from llmcad_actors.models.families import family_of
 from llmcad_actors.models.family import Family
+from llmcad_actors.models.thin_imports import with_shapes
 
 
 @contextlib.contextmanager
@@ -40,13 +41,18 @@ def build_skeleton(path: Path, dtype: torch.dtype) -> nn.Module:
     family = family_of(config.to_dict())
     if family.experts:
         config._experts_implementation = "eager"  # asks for one expert after the other: models/experts.py
-    with parameters_on_meta():
-        model: nn.Module = auto_model(family).from_config(config, dtype=dtype)
+    model = with_shapes(lambda: _without_weights(family, config, dtype))
     for module in model.modules():
         create = getattr(module, "create_weight", None)
         if create is not None:  # sinusoidal positions, which files need not hold
             module._parameters["weight"] = create()
     return model.eval()
+
+
+def _without_weights(family: Family, config: Any, dtype: torch.dtype) -> nn.Module:
+    with parameters_on_meta():
+        model: nn.Module = auto_model(family).from_config(config, dtype=dtype)
+    return model
 
 
 def auto_model(family: Family) -> Any:
