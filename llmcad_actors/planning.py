@@ -201,7 +201,9 @@ def prepare(config: EngineConfig) -> Prepared:
     limit = memory_limit()
     cap, notices = within(parse_size(config.memory, limit.limit_bytes), limit)
     memory = plan(budget_inputs(config, target, layout, draft, context), cap)
-    return Prepared(config, target, layout, draft, memory, context, (*notices, *unfollowed(target)))
+    return Prepared(
+        config, target, layout, draft, memory, context, (*notices, *unfollowed(target), *slow_window(memory))
+    )
 
 
 def check_same_kind(target: Checkpoint, draft: Checkpoint) -> None:
@@ -221,6 +223,13 @@ def unfollowed(target: Checkpoint) -> tuple[str, ...]:
     if not ignored:
         return ()
     return (f"the target's generation config sets {', '.join(ignored)}, which llmcad does not follow",)
+
+
+def slow_window(memory: MemoryPlan) -> tuple[str, ...]:
+    """What to know of a cap that leaves no room to read ahead."""
+    if memory.overlaps:
+        return ()
+    return ("this cap has room for one shard of the target at a time: reading and computing take turns",)
 
 
 def budget_inputs(

@@ -76,7 +76,7 @@ class Streaming:
         return self._loader
 
 
-def half_streamed(target: Path, draft: Path, **settings: object) -> Prepared:
+def half_streamed(target: Path, draft: Path, **settings: Any) -> Prepared:
     """A job with memory for two of its layers, of four or more."""
     layers = job(target, None, extra_bytes=0, **settings).layout.layers
     prepared = job(target, draft, extra_bytes=sum(spec.nbytes for spec in layers[:2]), **settings)

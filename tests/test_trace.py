@@ -355,7 +355,7 @@ class Run:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     settings = EngineConfig(target=str(bundled_target()), draft=str(bundled_draft()), memory="4GB")
     job = prepare(settings)
-    least = smallest_cap(budget_inputs(settings, job.target, job.layout, job.draft, job.context))
+    least = smallest_cap(budget_inputs(settings, job.target, job.layout, job.draft, job.context), overlaps=True)
     folder, prompt = tmp_path_factory.mktemp("trace"), "def read_lines(path):\n    "
     with Engine.launch(bundled_target(), bundled_draft(), memory=str(least)) as engine:
         fast = engine.generate(prompt, max_new_tokens=24, trace=folder / "fast")

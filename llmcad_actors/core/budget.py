@@ -5,8 +5,9 @@
 
 Target weights come in shards, in the order of the pass. The window holds those under way: the one the verifier
 computes with and the next one being read, so room for the two largest streamed shards, and for a piece of them that
-does not fit behind the others. Pinned shards are loaded through it too, so it takes the largest shard of all. What
-is left pins whole shards for good: a cyclic scan makes LRU useless, a fixed set saves exactly its bytes every pass.
+does not fit behind the others. Pinned shards are loaded through it too, so it takes the largest shard of all. Under a
+cap too small for that, the window holds one shard, and the next is read as the one before is given back. What is left
+pins whole shards for good: a cyclic scan makes LRU useless, a fixed set saves exactly its bytes every pass.
 
 Shards that only a prompt's first pass reads (an encoder's) are pinned last, with what the others leave.
 
@@ -72,6 +73,7 @@ class MemoryPlan:
     pinned: tuple[str, ...]  # shard names, in the order of the pass
     streamed: tuple[str, ...]
     bytes_per_prompt: int = 0  # streamed besides, in a prompt's first pass
+    overlaps: bool = True  # the window has room to read a shard while another computes
 
     @property
     def store_bytes(self) -> int:
@@ -106,14 +108,18 @@ def plan(inputs: BudgetInputs, cap_bytes: int) -> MemoryPlan:
     """The split that streams least within the cap. Raises MemoryCapError, with a table, if none fits."""
     possible = [_split(inputs, chosen, cap_bytes) for chosen in _choices(inputs.shards)]
     fitting = [split for split in possible if split.total_bytes <= cap_bytes]
-    if not fitting:
-        raise MemoryCapError(_refusal(min(possible, key=lambda split: split.total_bytes)))
-    return min(fitting, key=lambda split: (split.bytes_per_pass, split.bytes_per_prompt, split.total_bytes))
+    if fitting:
+        return min(fitting, key=lambda split: (split.bytes_per_pass, split.bytes_per_prompt, split.total_bytes))
+    least = _split(inputs, frozenset(), cap_bytes, overlaps=False)
+    if least.total_bytes > cap_bytes:
+        raise MemoryCapError(_refusal(least))
+    return least
 
 
-def smallest_cap(inputs: BudgetInputs) -> int:
-    """The least cap that `plan` accepts, in bytes."""
-    return min(_split(inputs, chosen, 0).total_bytes for chosen in _choices(inputs.shards))
+def smallest_cap(inputs: BudgetInputs, *, overlaps: bool = False) -> int:
+    """The least cap that `plan` accepts, in bytes. overlaps: that leaves room to read while a shard computes."""
+    sets = _choices(inputs.shards) if overlaps else [frozenset[int]()]
+    return min(_split(inputs, chosen, 0, overlaps).total_bytes for chosen in sets)
 
 
 def _choices(shards: Sequence[Shard]) -> Iterator[frozenset[int]]:
@@ -139,11 +145,11 @@ def _spread(items: Sequence[int], count: int) -> list[int]:
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
-def _split(inputs: BudgetInputs, pinned: frozenset[int], cap_bytes: int) -> MemoryPlan:
+def _split(inputs: BudgetInputs, pinned: frozenset[int], cap_bytes: int, overlaps: bool = True) -> MemoryPlan:
     shards = inputs.shards
     kept = [shard for i, shard in enumerate(shards) if i in pinned]
     streamed = [shard for i, shard in enumerate(shards) if i not in pinned]
-    window = window_bytes(streamed, shards)
+    window = window_bytes(streamed if overlaps else [], shards)
     return MemoryPlan(
         cap_bytes=cap_bytes,
         overhead_bytes=inputs.overhead_bytes,
@@ -154,6 +160,7 @@ def _split(inputs: BudgetInputs, pinned: frozenset[int], cap_bytes: int) -> Memo
         activations_bytes=inputs.activations,
         slack_bytes=max(STORE_SLACK_BYTES, LEAST_STORE_BYTES - window),
         window_bytes=window,
+        overlaps=overlaps,
         pinned_bytes=sum(shard.nbytes for shard in kept),
         bytes_per_pass=sum(shard.nbytes for shard in streamed if not shard.once),
         bytes_per_prompt=sum(shard.nbytes for shard in streamed if shard.once),

@@ -18,8 +18,10 @@ Job = Callable[[Path], Prepared]
 """A prepared job; makes its models in the folder it is given."""
 
 
-def job(target: Path, draft: Path | None, *, extra_bytes: int = 0, **settings: object) -> Prepared:
-    """A job under the smallest cap that works, and `extra_bytes`, which pin layers."""
+def job(
+    target: Path, draft: Path | None, *, extra_bytes: int = 0, overlaps: bool = True, **settings: object
+) -> Prepared:
+    """A job under the smallest cap that works, or overlaps, and `extra_bytes`, which pin layers."""
     config = EngineConfig(
         target=str(target),
         draft=None if draft is None else str(draft),
@@ -28,7 +30,7 @@ def job(target: Path, draft: Path | None, *, extra_bytes: int = 0, **settings: o
     )
     roomy = prepare(config)
     inputs = budget_inputs(config, roomy.target, roomy.layout, roomy.draft, roomy.context)
-    return prepare(replace(config, memory=str(smallest_cap(inputs) + extra_bytes)))
+    return prepare(replace(config, memory=str(smallest_cap(inputs, overlaps=overlaps) + extra_bytes)))
 
 
 def good_draft(folder: Path) -> Prepared:

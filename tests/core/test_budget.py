@@ -72,7 +72,8 @@ def test_the_smallest_cap_named_in_a_refusal_is_accepted_and_nothing_below_it(in
 def test_every_shard_is_pinned_or_streamed_and_the_window_holds_any_two_streamed(
     inputs: BudgetInputs, extra: int
 ) -> None:
-    split = plan(inputs, smallest_cap(inputs) + extra)
+    split = plan(inputs, smallest_cap(inputs, overlaps=True) + extra)
+    assert split.overlaps
     size = {shard.name: shard.nbytes for shard in inputs.shards}
     room = {shard.name: shard.room for shard in inputs.shards}
     assert sorted(split.pinned + split.streamed) == sorted(size)
@@ -83,6 +84,18 @@ def test_every_shard_is_pinned_or_streamed_and_the_window_holds_any_two_streamed
     assert split.window_bytes == max(two, max(room.values())) + max(shard.piece for shard in inputs.shards)
     assert split.store_bytes == split.window_bytes + split.slack_bytes
     assert split.store_bytes >= LEAST_STORE_BYTES and split.slack_bytes >= STORE_SLACK_BYTES
+
+
+@given(budgets())
+def test_below_that_the_window_holds_one_shard_and_everything_streams(inputs: BudgetInputs) -> None:
+    enough = smallest_cap(inputs, overlaps=True)
+    for cap in {enough - 1, smallest_cap(inputs)} - {enough}:
+        if cap < smallest_cap(inputs):
+            continue
+        split = plan(inputs, cap)
+        assert not split.overlaps and split.pinned == ()
+        largest, piece = max(s.room for s in inputs.shards), max(s.piece for s in inputs.shards)
+        assert split.window_bytes == largest + piece
 
 
 @given(budgets())
@@ -110,19 +123,19 @@ def test_each_part_is_what_was_said() -> None:
 
 def test_pinned_shards_are_spread_evenly_through_the_pass() -> None:
     inputs = inputs_of(*[50] * 12)
-    needed = smallest_cap(inputs)
+    needed = smallest_cap(inputs, overlaps=True)
     assert plan(inputs, needed + 150 * MB).pinned == ("s2", "s6", "s10")
 
 
 def test_a_big_head_is_pinned_first_where_that_streams_less() -> None:
     inputs = inputs_of(*[50] * 10, 400)
-    with_head = plan(inputs, smallest_cap(inputs) + 350 * MB)
+    with_head = plan(inputs, smallest_cap(inputs, overlaps=True) + 350 * MB)
     assert with_head.pinned == ("s10",) and with_head.bytes_per_pass == 500 * MB  # seven layers would leave 550
 
 
 def test_room_too_small_for_the_head_still_pins_layers() -> None:
     inputs = inputs_of(*[50] * 20, 60)
-    base = plan(inputs, smallest_cap(inputs))
+    base = plan(inputs, smallest_cap(inputs, overlaps=True))
     assert len(plan(inputs, base.total_bytes + 55 * MB).pinned) >= 1
 
 
@@ -133,7 +146,7 @@ def test_a_refusal_says_what_needs_what() -> None:
     assert "200.0 MB is too small" in message and "a smaller draft" in message
     for part in ("runtime", "draft weights", "window for streamed shards", "activations"):
         assert part in message
-    assert re.search(r"runtime +300\.0 MB", message) and f"{format_size(601 * MB + STORE_SLACK_BYTES):>12}" in message
+    assert re.search(r"runtime +300\.0 MB", message) and f"{format_size(491 * MB + LEAST_STORE_BYTES):>12}" in message
     without = replace(inputs_of(50, 50, 50), draft_weights=0)
     with pytest.raises(MemoryCapError) as refusal:
         plan(without, 200 * MB)
