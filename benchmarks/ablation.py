@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import Spread, emit, measurement, model_paths, read_prompts
+from llmcad_actors.bundled import demo_draft
+from llmcad_actors.core.sizes import parse_size
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.engine import Engine
 from llmcad_actors.results import Result
@@ -209,6 +211,9 @@ def main(
     only: Annotated[str | None, typer.Option(help=f"Some of: {', '.join(BY_NAME)}.")] = None,
     target: Annotated[str, typer.Option(help="Model directory, `demo` or `bundled`.")] = "demo",
     draft: Annotated[str | None, typer.Option(help="Draft directory; default: the bundled one.")] = None,
+    draft_size: Annotated[
+        str | None, typer.Option(help="Enlarge the bundled draft to this size: a draft whose steps are dear.")
+    ] = None,
     memory: Annotated[str, typer.Option(help="Memory cap.")] = "1.5GB",
     read_limit: Annotated[str | None, typer.Option(help="Hold reads to a rate, such as 400MB/s.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
@@ -217,6 +222,8 @@ def main(
     traces: Annotated[Path | None, typer.Option(help="Keep a trace of every run in this folder.")] = None,
 ) -> None:
     """Run the configurations one after the other; prints a table, and a JSON line for each."""
+    if draft_size is not None:
+        draft = str(demo_draft(parse_size(draft_size, 0)))
     texts, paths, settings = read_prompts(prompts), model_paths(target, draft), chosen(only)
     common = {"memory": memory, "read_limit": read_limit, "dtype": dtype}
     if traces is not None:
@@ -226,7 +233,14 @@ def main(
     for setting in settings:
         count = tokens if setting.drafts else plain_tokens
         measured = run(setting, paths, texts, count, common, traces)
-        config = {**common, **setting.settings, "target": target, "tokens": count, "prompts": prompts}
+        config = {
+            **common,
+            **setting.settings,
+            "target": target,
+            "draft_size": draft_size,
+            "tokens": count,
+            "prompts": prompts,
+        }
         values = measured.values(reference)
         lines.append(measurement("ablation", values, config=config, cache_state="O_DIRECT: the page cache is not used"))
         emit(lines[-1], out)

@@ -32,5 +32,13 @@ def cache_folder() -> Path:
 
 def demo_target(size_bytes: int = DEMO_BYTES, progress: OnProgress | None = None) -> Path:
     """The bundled target, enlarged to at least `size_bytes` with the same function; made on first use."""
-    destination = cache_folder() / f"demo-{size_bytes}"
-    return enlarge(bundled_target(), destination, target_bytes=size_bytes, progress=progress)
+    return _enlarged(bundled_target(), "demo", size_bytes, progress)
+
+
+def demo_draft(size_bytes: int, progress: OnProgress | None = None) -> Path:
+    """The bundled draft, enlarged likewise: a draft whose steps are dear, as beside most targets."""
+    return _enlarged(bundled_draft(), "draft", size_bytes, progress)
+
+
+def _enlarged(source: Path, name: str, size_bytes: int, progress: OnProgress | None) -> Path:
+    return enlarge(source, cache_folder() / f"{name}-{size_bytes}", target_bytes=size_bytes, progress=progress)

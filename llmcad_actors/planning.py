@@ -149,7 +149,7 @@ class Prepared:
             chunk_bytes=self.config.chunk_bytes,
             threads=self.config.read_threads,
             rate_limit=limit,
-            read_ahead=self.config.read_ahead,
+            read_ahead=self.config.read_ahead and self.memory.overlaps,
         )
 
     def verifier_spec(self) -> VerifierSpec:

@@ -6,8 +6,8 @@
 Target weights come in shards, in the order of the pass. The window holds those under way: the one the verifier
 computes with and the next one being read, so room for the two largest streamed shards, and for a piece of them that
 does not fit behind the others. Pinned shards are loaded through it too, so it takes the largest shard of all. Under a
-cap too small for that, the window holds one shard, and the next is read as the one before is given back. What is left
-pins whole shards for good: a cyclic scan makes LRU useless, a fixed set saves exactly its bytes every pass.
+cap too small for that, the window holds one shard, and the next is read once it is given back. What is left pins whole
+shards for good: a cyclic scan makes LRU useless, a fixed set saves exactly its bytes every pass.
 
 Shards that only a prompt's first pass reads (an encoder's) are pinned last, with what the others leave.
 
@@ -149,7 +149,7 @@ def _split(inputs: BudgetInputs, pinned: frozenset[int], cap_bytes: int, overlap
     shards = inputs.shards
     kept = [shard for i, shard in enumerate(shards) if i in pinned]
     streamed = [shard for i, shard in enumerate(shards) if i not in pinned]
-    window = window_bytes(streamed if overlaps else [], shards)
+    window = window_bytes(streamed, shards) if overlaps else max((shard.room for shard in shards), default=0)
     return MemoryPlan(
         cap_bytes=cap_bytes,
         overhead_bytes=inputs.overhead_bytes,

@@ -7,6 +7,7 @@ next is the builder's business; when to hand over is the policy's.
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from llmcad_actors.core.fallback import Policy
 from llmcad_actors.core.growth import TreeBuilder
 from llmcad_actors.core.trace import Recorder
 from llmcad_actors.messages import Grown, Submission, Verdict
+from llmcad_actors.models import linear
 from llmcad_actors.models.families import family_of
 from llmcad_actors.models.kv_cache import TreeCache
 from llmcad_actors.models.skeleton import auto_model
@@ -44,6 +46,9 @@ class DraftModel:
         family = family_of(config)
         load = partial(auto_model(family).from_pretrained, path, dtype=dtype, local_files_only=True)
         self._model = with_shapes(load).eval()
+        self._is_widened = linear.widening_pays(dtype)
+        if self._is_widened:
+            linear.install(torch.nn.ModuleList([self._model]), linear.widened)
         self._base = self._model.base_model
         self._stack = stack_of(self._model, self._model.generation_config.to_dict())
         self._head = self._model.get_output_embeddings()
@@ -107,9 +112,11 @@ class DraftModel:
         self._positions[start:end] = positions
         # A target with a larger padded vocabulary may say an id that is not here; the last one stands in for it.
         ids = np.minimum(np.asarray(tokens, dtype=np.int64), self._base.get_input_embeddings().num_embeddings - 1)
-        return self._stack.run(
-            torch.from_numpy(ids), mask[None, None], self._positions[start:end], self._positions[:end], self.cache
-        )
+        positions_of_rows, positions_of_keys = self._positions[start:end], self._positions[:end]
+        with linear.threads_for(len(tokens)) if self._is_widened else nullcontext():
+            return self._stack.run(
+                torch.from_numpy(ids), mask[None, None], positions_of_rows, positions_of_keys, self.cache
+            )
 
     def _candidates(self, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         logits = self._head(hidden) if self._logits_bias is None else self._head(hidden) + self._logits_bias

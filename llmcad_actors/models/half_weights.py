@@ -4,6 +4,7 @@ Its threads share the outputs as they come: one that is held up by another progr
 """
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ def times(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _on_all_threads(work: Callable[[], None]) -> None:
     """Run `work` here and in the other threads; one that has not begun when this one ends is not needed."""
     others = threads.count - 1
-    started = [_pool(others).submit(work) for _ in range(others)]
+    started = [_pool(others, threading.get_ident()).submit(work) for _ in range(others)]
     work()
     for other in started:
         if not other.cancel():
@@ -79,7 +80,8 @@ def _on_all_threads(work: Callable[[], None]) -> None:
 
 
 @cache
-def _pool(count: int) -> ThreadPoolExecutor:
+def _pool(count: int, caller: int) -> ThreadPoolExecutor:
+    """Of each caller's own: threads take their scheduling from the one that starts them."""
     return ThreadPoolExecutor(count, thread_name_prefix="half-weights")
 
 

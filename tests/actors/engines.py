@@ -42,7 +42,7 @@ def random_target(folder: Path) -> Prepared:
     """Random models, all of the target streamed from several files, in many pieces; the draft is never right."""
     target = with_template(tiny_llama(folder / "target", seed=1, max_file="100KB"), TEMPLATE)
     draft = tiny_llama(folder / "draft", seed=2, vocab=300, layers=1)
-    return job(target, draft, max_nodes=6, piece_bytes=60_000)
+    return job(target, draft, max_nodes=6, piece_bytes=60_000, overlaps=False)
 
 
 def no_draft(folder: Path) -> Prepared:

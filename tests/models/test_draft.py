@@ -19,6 +19,7 @@ from llmcad_actors.core.fixed_expansion import FixedExpansion
 from llmcad_actors.core.pacer import BranchPacer
 from llmcad_actors.core.tree import ROOT, TokenTree
 from llmcad_actors.messages import PassStats, Submission, Verdict
+from llmcad_actors.models import linear
 from llmcad_actors.models.draft import Draft, DraftModel
 from tests.fakes import tokens_to
 from tests.plain import Plain
@@ -84,8 +85,15 @@ def best(logprobs: np.ndarray, scored: set[int]) -> set[int]:
     return {i for i in np.flatnonzero(logprobs > bar + 2e-4).tolist()} | {i for i in scored if logprobs[i] > bar - 2e-4}
 
 
-def draft_model(path: Path, *, vocab: int = BYTE_VOCAB, context: int = 256, slots: int = SLOTS) -> DraftModel:
-    return DraftModel(path, dtype=torch.float32, vocab=vocab, context=context, slots=slots, children=CHILDREN)
+def draft_model(
+    path: Path,
+    *,
+    vocab: int = BYTE_VOCAB,
+    context: int = 256,
+    slots: int = SLOTS,
+    dtype: torch.dtype = torch.float32,
+) -> DraftModel:
+    return DraftModel(path, dtype=dtype, vocab=vocab, context=context, slots=slots, children=CHILDREN)
 
 
 def verdict(path: Sequence[int], bonus: int) -> Verdict:
@@ -244,3 +252,23 @@ def test_growth_ends_where_the_cache_is_full(plain: Plain) -> None:
     assert session.model.cache.length <= len(PROMPT) + 10
     session.grow(verdict(tree.path(0), plain.next((*PROMPT, int(tree.tokens[0]), 3))))
     session.assert_every_candidate_is_the_plain_models()
+
+
+@pytest.mark.parametrize("pays", [True, False], ids=["widened", "as torch has it"])
+def test_a_bfloat16_draft_says_the_same_however_it_multiplies(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pays: bool
+) -> None:
+    calls = []
+
+    def counting(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        calls.append(rows.shape)
+        return widened(rows, weight, bias)
+
+    widened = linear.widened
+    monkeypatch.setattr(linear, "widened", counting)
+    monkeypatch.setattr(linear, "widening_pays", lambda dtype: pays and dtype == torch.bfloat16)
+    path = tiny_llama(tmp_path / "draft", seed=3, dtype=torch.bfloat16)
+    tokens, logprobs = draft_model(path, dtype=torch.bfloat16).run_prefix(PROMPT, 0)
+    expected = Plain.of(path).logprobs(PROMPT)
+    assert logprobs[0] == pytest.approx(np.array([expected[token] for token in tokens[0]]), abs=0.1)
+    assert bool(calls) is pays
