@@ -345,10 +345,16 @@ def _plan_table(job: Prepared) -> Table:
     table.add_row("in all", format_size(memory.total_bytes))
     table.add_row("memory cap", format_size(memory.cap_bytes))
     table.add_section()
-    forecast = job.forecast()
     table.add_row("pinned", f"{len(memory.pinned)} of {len(memory.pinned) + len(memory.streamed)} shards")
     table.add_row("read from disk in a pass", format_size(memory.bytes_per_pass))
-    table.add_row("seconds per pass, predicted", f"{forecast['seconds_per_pass']:.2f}")
+    predicted = job.predicted_pass()
+    table.add_section()
+    table.add_row("predicted from", "llmcad doctor" if predicted.is_measured else "a usual machine; run llmcad doctor")
+    table.add_row("rows in a pass", str(predicted.rows))
+    table.add_row("seconds per pass", f"{predicted.seconds:.2f}")
+    if predicted.rows > 1:
+        table.add_row("tokens per pass, assumed", f"{predicted.tokens:.1f}")
+    table.add_row("tokens per second", f"{predicted.tokens_per_second:.2f}")
     return table
 
 

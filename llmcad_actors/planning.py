@@ -24,6 +24,7 @@ from llmcad_actors.core.fallback import (
     TokenConfidence,
 )
 from llmcad_actors.errors import ConfigError
+from llmcad_actors.forecast import Forecaster, PassForecast
 from llmcad_actors.limits import memory_limit, within
 from llmcad_actors.model_names import find_model
 from llmcad_actors.models import thin_imports
@@ -52,11 +53,6 @@ THIN_PROCESSES = 232 * MB  # the caller, the coordinator, the loader
 TORCH_PROCESS = 233 * MB
 WHOLE_TORCH_PROCESS = 335 * MB  # with all that an untested torch imports
 """Proportional set sizes after start, without weights, as `benchmarks/memory.py` measures them, and 3 %."""
-
-DISK_BYTES_PER_S = 2.0e9
-MATMUL_FLOPS = 4.0e11
-"""What a recent solid-state disk and two cores with bfloat16 instructions do, for predictions."""
-
 SMALL_DRAFT_BYTES = 256 << 20
 
 
@@ -124,9 +120,7 @@ class Prepared:
 
     def forecast(self) -> dict[str, Any]:
         """The plan as numbers: what each part takes, what is pinned and streamed, the predicted pass."""
-        rows = 1 if self.draft is None else self.config.max_nodes + 1
-        compute_s = 2 * rows * self.target.total_bytes / stored_bytes(self.target) / MATMUL_FLOPS
-        rate = min(DISK_BYTES_PER_S, parse_rate(self.config.read_limit) if self.config.read_limit else DISK_BYTES_PER_S)
+        predicted = self.predicted_pass()
         return {
             "parts": dict(self.memory.rows()),
             "total_bytes": self.memory.total_bytes,
@@ -136,8 +130,26 @@ class Prepared:
             "streamed": list(self.memory.streamed),
             "bytes_per_pass": self.memory.bytes_per_pass,
             "bytes_per_prompt": self.memory.bytes_per_prompt,
-            "seconds_per_pass": max(self.memory.bytes_per_pass / rate, compute_s),
+            "rows_per_pass": predicted.rows,
+            "read_seconds_per_pass": predicted.read_s,
+            "compute_seconds_per_pass": predicted.compute_s,
+            "seconds_per_pass": predicted.seconds,
+            "tokens_per_pass_assumed": predicted.tokens,
+            "tokens_per_second": predicted.tokens_per_second,
+            "is_measured": predicted.is_measured,
         }
+
+    def predicted_pass(self) -> PassForecast:
+        """A pass as this machine would run it."""
+        config, stored = self.config, stored_bytes(self.target)
+        forecaster = Forecaster.of(
+            self.target.path,
+            read_bytes=self.memory.bytes_per_pass,
+            read_limit=parse_rate(config.read_limit) if config.read_limit else None,
+            parameters=self.target.total_bytes // stored,
+            dtype="float32" if stored == 4 else "bfloat16",
+        )
+        return forecaster.plain() if self.draft is None else forecaster.best(config.max_nodes)
 
     def loader_spec(self) -> LoaderSpec:
         limit = parse_rate(self.config.read_limit) if self.config.read_limit else None

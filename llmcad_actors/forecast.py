@@ -1,0 +1,73 @@
+"""How long a pass will take: from what `llmcad doctor` measured on this machine, else as on a recent one. No torch."""
+
+from dataclasses import dataclass
+from math import log2
+from pathlib import Path
+from typing import Self
+
+from llmcad_actors.core.rows import ROW_SIZES, padded_rows
+from llmcad_actors.doctor_figures import ComputeFigures, figures_for
+
+DISK_BYTES_PER_S = 2.0e9
+MATMUL_FLOPS = 4.0e11
+"""What a recent solid-state disk and two cores with bfloat16 instructions do."""
+
+NOT_HIDDEN = 0.5
+"""Part of the smaller of reading and computing that adds to the larger: they compete for memory and cores."""
+
+TOKENS_PER_DOUBLING = 0.85
+"""What every doubling of a tree brings: the bundled pair accepts 4.2 tokens a pass with 15 nodes, 7.3 with 128."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassForecast:
+    """One pass. `tokens` is assumed: it depends on the draft and on the text."""
+
+    rows: int
+    read_s: float
+    compute_s: float
+    tokens: float
+    is_measured: bool  # by `llmcad doctor`, on this machine
+
+    @property
+    def seconds(self) -> float:
+        smaller, larger = sorted((self.read_s, self.compute_s))
+        return larger + NOT_HIDDEN * smaller
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Forecaster:
+    """Passes of a checkpoint under a plan."""
+
+    read_s: float  # of a pass
+    parameters: int
+    dtype: str  # that the target computes in
+    figures: ComputeFigures | None
+
+    @classmethod
+    def of(cls, path: Path, *, read_bytes: int, read_limit: float | None, parameters: int, dtype: str) -> Self:
+        """For the checkpoint at `path`. read_bytes: streamed in a pass; read_limit: bytes/s, None for the disk's."""
+        figures = figures_for(path)
+        rate = figures.disk.bytes_per_s if figures else DISK_BYTES_PER_S
+        limited = rate if read_limit is None else min(rate, read_limit)
+        return cls(read_bytes / limited, parameters, dtype, figures.compute if figures else None)
+
+    def plain(self) -> PassForecast:
+        """One row, one token."""
+        return self._of(1, 1.0)
+
+    def best(self, max_nodes: int) -> PassForecast:
+        """The tree of at most `max_nodes` that brings most tokens per second, as the fallback policy would find it."""
+        sizes = [rows for rows in ROW_SIZES if rows <= padded_rows(max_nodes + 1)]
+        return max((self._of(n, 1 + TOKENS_PER_DOUBLING * log2(n)) for n in sizes), key=lambda f: f.tokens_per_second)
+
+    def _of(self, rows: int, tokens: float) -> PassForecast:
+        if self.figures is None:
+            compute_s = 2 * rows * self.parameters / MATMUL_FLOPS
+        else:
+            compute_s = self.figures.seconds(rows, self.dtype, self.parameters)
+        return PassForecast(rows, self.read_s, compute_s, tokens, self.figures is not None)
