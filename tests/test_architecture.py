@@ -74,7 +74,7 @@ LAYERS = ("core", "storage", "models", "actors")
 MAY_KNOW = {
     "core": {"core", "errors"},
     "storage": {"core", "errors", "storage", "models.families"},  # the names of an architecture's tensors
-    "models": {"core", "errors", "storage", "models", "messages", "ports", "processor"},
+    "models": {"core", "errors", "storage", "models", "messages", "ports", "processor", "native"},
     "actors": {"core", "errors", "storage", "models", "actors", "messages", "ports", "loop", "config", "limits"},
 }
 

@@ -22,6 +22,7 @@ from llmcad_actors.actors.verifier import VerifierActor
 from llmcad_actors.config import DraftSpec, LoaderSpec, VerifierSpec
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import Policy
+from llmcad_actors.errors import RuntimeFailure
 from llmcad_actors.limits import check_shared_memory
 from llmcad_actors.messages import pack
 
@@ -100,8 +101,16 @@ class LocalRay:
         if self.is_ours:
             check_shared_memory(store_bytes)
             self._folder = tempfile.mkdtemp(prefix="llmcad-")
-            with environment(ENVIRONMENT), idle_agents():
-                self._start(store_bytes)
+            try:
+                with environment(ENVIRONMENT), idle_agents():
+                    self._start(store_bytes)
+            except BaseException as error:
+                self.close()
+                if not isinstance(error, Exception):
+                    raise
+                raise RuntimeFailure(
+                    f"Ray did not start: {error}\nOn a busy machine a second try may help; else see `llmcad doctor`."
+                ) from error
 
     def _start(self, store_bytes: int) -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)

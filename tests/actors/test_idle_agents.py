@@ -9,6 +9,7 @@ import ray
 
 from llmcad_actors.actors.idle_agent import port_files
 from llmcad_actors.actors.runtime import LocalRay
+from llmcad_actors.errors import RuntimeFailure
 
 MB = 1_000_000
 
@@ -47,3 +48,16 @@ def test_ports_go_where_the_raylet_looks() -> None:
     files = port_files([f"{os.sep}agent.py", "--node-id=ab12", "--session-dir=/tmp/s=1", "--head"])
     assert Path("/tmp/s=1/runtime_env_agent_port_ab12") in map(Path, files)
     assert len(files) == len(set(files)) == 4
+
+
+def test_a_ray_that_does_not_start_is_reported_and_leaves_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = []
+
+    def fail(**settings: object) -> None:
+        folders.append(Path(str(settings["_temp_dir"])))
+        raise Exception("The current node timed out during startup.")  # as Ray raises it
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(RuntimeFailure, match=r"Ray did not start: The current node timed out(?s:.*)llmcad doctor"):
+        LocalRay(store_bytes=80 * MB)
+    assert not folders[0].exists()
