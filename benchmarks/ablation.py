@@ -3,7 +3,8 @@
     python -m benchmarks.ablation [--prompts 16] [--tokens 128] [--read-limit 400MB/s] [--only sp,ours]
 
 Every configuration is a set of engine settings and nothing else; all of them give the target's own text, and the
-benchmark counts where one does not. What needs no draft runs without it, and may pin layers in its place.
+benchmark counts where one does not. What needs no draft runs without it, and may pin layers in its place; as all its
+passes after the prompt's cost the same, few are measured (`--plain-tokens`), and count for all the others.
 """
 
 import statistics
@@ -75,6 +76,7 @@ class Measured:
 
     setting: Setting
     results: tuple[Result, ...]
+    seconds_per_token: tuple[float, ...]  # by prompt
     idle_shares: tuple[float, ...]  # of the disk, in steady state
 
     @property
@@ -92,12 +94,17 @@ class Measured:
         """Share of the rounds with growth ahead that began with a head start."""
         return self.total("provisional_hits") / (self.total("provisional_hits") + self.total("provisional_misses") or 1)
 
+    def _mean_seconds(self) -> float:
+        """Per token of all prompts; a prompt counts with its tokens, which are few where passes stand for others."""
+        weights = [result.stats.new_tokens for result in self.results]
+        return sum(w * s for w, s in zip(weights, self.seconds_per_token, strict=True)) / sum(weights)
+
     def values(self, reference: Sequence[Result]) -> dict[str, Any]:
         """For the JSON line. `reference`: what the text has to agree with, as far as both go."""
         return {
             "setting": self.setting.name,
-            "seconds_per_token": self.per("seconds", "new_tokens"),
-            "seconds_per_token_by_prompt": Spread.of([s.seconds / s.new_tokens for s in self.stats]),
+            "seconds_per_token": self._mean_seconds(),
+            "seconds_per_token_by_prompt": Spread.of(self.seconds_per_token),
             "tokens_per_pass": self.per("new_tokens", "target_passes"),
             "tokens_per_pass_by_prompt": Spread.of([s.tokens_per_pass for s in self.stats]),
             "draft_steps_per_pass": self.per("draft_steps", "target_passes"),
@@ -126,22 +133,30 @@ def run(
     paths: tuple[Path, Path],
     prompts: Sequence[str],
     tokens: int,
+    plain_tokens: int,
     common: Mapping[str, Any],
     traces: Path | None,
 ) -> Measured:
     """All prompts on one engine, after a pass that touches what has to be touched."""
     target, draft = paths
-    results, idle = [], []
+    results, seconds, idle = [], [], []
     settings = {**common, **setting.settings}
     with Engine.launch(target, draft if setting.drafts else None, **settings) as engine:
-        engine.generate(prompts[0], max_new_tokens=1)
+        engine.generate(prompts[-1], max_new_tokens=1)
         for number, prompt in enumerate(prompts, 1):
             screen.print(f"{setting.name}: prompt {number} of {len(prompts)}", style="dim")
             trace = traces / f"{setting.name}-{number}.trace" if traces else None
-            results.append(engine.generate(prompt, max_new_tokens=tokens, speculate=setting.drafts, trace=trace))
+            if setting.drafts:
+                results.append(engine.generate(prompt, max_new_tokens=tokens, trace=trace))
+                seconds.append(results[-1].stats.seconds / results[-1].stats.new_tokens)
+            else:
+                first = engine.generate(prompt, max_new_tokens=1, speculate=False).stats.seconds
+                results.append(engine.generate(prompt, max_new_tokens=plain_tokens, speculate=False, trace=trace))
+                next_one = results[-1].stats.seconds / results[-1].stats.new_tokens
+                seconds.append((first + (tokens - 1) * next_one) / tokens)
             if trace and (share := disk_idle_share(read_trace(trace))) is not None:
                 idle.append(share)
-    return Measured(setting, tuple(results), tuple(idle))
+    return Measured(setting, tuple(results), tuple(seconds), tuple(idle))
 
 
 def table_of(lines: Sequence[Mapping[str, Any]], title: str) -> Table:
@@ -207,7 +222,7 @@ def chosen(only: str | None) -> list[Setting]:
 def main(
     prompts: Annotated[int, typer.Option(min=1, max=16, help="How many of the prompts to run.")] = 16,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 128,
-    plain_tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt without a draft.")] = 6,
+    plain_tokens: Annotated[int, typer.Option(min=1, help="Passes measured per prompt without a draft.")] = 6,
     only: Annotated[str | None, typer.Option(help=f"Some of: {', '.join(BY_NAME)}.")] = None,
     target: Annotated[str, typer.Option(help="Model directory, `demo` or `bundled`.")] = "demo",
     draft: Annotated[str | None, typer.Option(help="Draft directory; default: the bundled one.")] = None,
@@ -231,14 +246,14 @@ def main(
     lines: list[dict[str, Any]] = []
     reference: tuple[Result, ...] = ()
     for setting in settings:
-        count = tokens if setting.drafts else plain_tokens
-        measured = run(setting, paths, texts, count, common, traces)
+        measured = run(setting, paths, texts, tokens, plain_tokens, common, traces)
         config = {
             **common,
             **setting.settings,
             "target": target,
             "draft_size": draft_size,
-            "tokens": count,
+            "tokens": tokens,
+            "plain_tokens": plain_tokens,
             "prompts": prompts,
         }
         values = measured.values(reference)

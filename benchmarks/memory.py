@@ -5,6 +5,9 @@
 Peaks are proportional set sizes, sampled, with the object store counted once. Where a memory cgroup can be made (as
 root), the run lives inside one whose hard limit is the cap, and the kernel's own peak stands beside them: page cache
 included, so it comes close to the cap by nature; what it shows is that nothing was killed.
+
+"Overhead" is the peak less all planned parts but the runtime: caches of a context that is not used up make it look
+smaller. `--max-context` with little more than prompt and tokens shows it as it is.
 """
 
 import json
@@ -58,11 +61,12 @@ def cgroup_where_possible(limit_bytes: int) -> Iterator[MemoryCgroup | None]:
         yield cgroup
 
 
-def run(paths: tuple[str, str], cap: int, tokens: int, timeout_s: float, *, hard: bool) -> dict[str, Any]:
+def run(paths: tuple[str, str], cap: int, tokens: int, context: int, timeout_s: float, *, hard: bool) -> dict[str, Any]:
     """One cap; `killed` where the run broke under the hard limit, and is then made again without."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         out = Path(folder) / "figures.json"
-        command = [sys.executable, "-m", "benchmarks.memory_run", *paths, str(cap), str(tokens), str(out)]
+        numbers = [str(number) for number in (cap, tokens, context)]
+        command = [sys.executable, "-m", "benchmarks.memory_run", *paths, *numbers, str(out)]
         cgroup = stack.enter_context(cgroup_where_possible(cap)) if hard else None
         done = subprocess.run(
             cgroup.command(command) if cgroup else command, stdout=subprocess.DEVNULL, timeout=timeout_s
@@ -77,7 +81,7 @@ def run(paths: tuple[str, str], cap: int, tokens: int, timeout_s: float, *, hard
     if not hard or not kernel["oom_kills"]:
         raise SystemExit(f"the run under {format_size(cap)} broke with exit code {done.returncode}; see above")
     screen.print(f"{format_size(cap)}: killed under the hard limit; again without", style="yellow")
-    return {**run(paths, cap, tokens, timeout_s, hard=False), **kernel, "killed": True}
+    return {**run(paths, cap, tokens, context, timeout_s, hard=False), **kernel, "killed": True}
 
 
 def values_of(figures: Mapping[str, Any], reference: Sequence[int] | None) -> dict[str, Any]:
@@ -148,6 +152,7 @@ def main(
         str | None, typer.Option(help="Caps, such as 1300MB,1.5GB; default: six, from the least on.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens per cap.")] = 64,
+    max_context: Annotated[int | None, typer.Option(help="Tokens to plan for; default: as the engine.")] = None,
     hard: Annotated[bool, typer.Option(help="Run inside a cgroup limited to the cap, where one can be made.")] = True,
     timeout: Annotated[float, typer.Option(help="Seconds that one cap may take.")] = 1800.0,
     out: Annotated[Path | None, typer.Option(help="Append JSON lines here; default: print them.")] = None,
@@ -158,7 +163,8 @@ def main(
     model, small = model_paths(target, draft)
     paths = (str(model), NO_DRAFT if draft == NO_DRAFT else str(small))
     try:
-        config = EngineConfig(target=paths[0], draft=None if paths[1] == NO_DRAFT else paths[1])
+        small_path = None if paths[1] == NO_DRAFT else paths[1]
+        config = EngineConfig(target=paths[0], draft=small_path, max_context=max_context)
         sizes = (
             [parse_size(text, memory_limit().limit_bytes) for text in caps.split(",")] if caps else default_caps(config)
         )
@@ -168,8 +174,9 @@ def main(
     reference: list[int] | None = None
     for cap in sizes:
         screen.print(f"{format_size(cap)} ...", style="dim")
-        figures = run(paths, cap, tokens, timeout, hard=hard)
+        figures = run(paths, cap, tokens, max_context or 0, timeout, hard=hard)
         settings = {"target": target, "draft": draft, "memory_cap_bytes": cap, "tokens": tokens, "hard": hard}
+        settings["max_context"] = max_context
         lines.append(
             measurement(
                 "memory",

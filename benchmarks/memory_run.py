@@ -1,6 +1,6 @@
 """One cap of `benchmarks.memory`, in a process of its own: it can be put in a cgroup, and it is the driver counted.
 
-python -m benchmarks.memory_run TARGET DRAFT CAP TOKENS OUT        writes one JSON object to OUT
+python -m benchmarks.memory_run TARGET DRAFT CAP TOKENS CONTEXT OUT        writes one JSON object to OUT
 """
 
 import json
@@ -106,8 +106,9 @@ def memory_figures(sampler: GroupSampler, planned_overhead: int, parts: int) -> 
 
 
 def main() -> None:
-    target, draft, cap, tokens, out = sys.argv[1:]
-    config = EngineConfig(target=target, draft=None if draft == NO_DRAFT else draft, memory=cap)
+    target, draft, cap, tokens, context, out = sys.argv[1:]
+    small = None if draft == NO_DRAFT else draft
+    config = EngineConfig(target=target, draft=small, memory=cap, max_context=int(context) or None)
     Path(out).write_text(json.dumps(run(config, int(tokens))))
 
 
