@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import Policy, outcome_of
-from llmcad_actors.core.provisional import Patience, Round
+from llmcad_actors.core.provisional import Patience, Round, most_steps
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.messages import Event, Finished, Grown, Provisional, Request, Submission, Tokens, Verdict
@@ -42,11 +42,13 @@ async def decode(
     if drafter is not None:
         await drafter.begin(request.prompt)
     while True:
-        grown = NO_TREE if drafter is None else await drafter.grow(verdict, policy, costs.costs())
+        known = costs.costs()
+        grown = NO_TREE if drafter is None else await drafter.grow(verdict, policy, known)
         emit(Provisional(most_probable_path(grown.tree)))
         was_ahead = ahead.steps > 0
         helper = drafter if request.provisional and not patience.is_over else None
-        verdict, ahead = await verify_while_growing(grown.tree, verifier, helper, clock)
+        steps = most_steps(float(known.pass_seconds(len(grown.tree))), known.draft_step_s)
+        verdict, ahead = await verify_while_growing(grown.tree, verifier, helper, steps, clock)
 
         policy = policy.after(outcome_of(grown.tree, verdict.path, grown.confidence))
         costs = costs.after(grown, verdict)
@@ -73,16 +75,16 @@ async def decode(
 
 
 async def verify_while_growing(
-    tree: TokenTree, verifier: Verifier, drafter: Drafter | None, clock: Clock
+    tree: TokenTree, verifier: Verifier, drafter: Drafter | None, steps: int, clock: Clock
 ) -> tuple[Verdict, Grown]:
-    """One pass; as long as it runs, the draft grows beyond the submitted tree, slice by slice."""
+    """One pass; while it runs, the draft grows beyond the submitted tree, slice by slice, about `steps` steps."""
 
     async def check() -> tuple[Verdict, float]:
         return await verifier.verify(tree), clock.now()
 
     ahead, checking = NOTHING_AHEAD, asyncio.ensure_future(check())
     try:
-        while drafter is not None and not checking.done():
+        while drafter is not None and ahead.steps < steps and not checking.done():
             ahead = ahead.plus(await drafter.extend())
             if not ahead.can_go_on:
                 break

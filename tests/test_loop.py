@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import AdaptiveConfidence, Policy
+from llmcad_actors.core.provisional import LEAST_STEPS
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import DeadlineError
 from llmcad_actors.loop import decode, most_probable_path
@@ -137,6 +138,13 @@ def test_a_perfect_draft_saves_the_passes_it_can() -> None:
     verifier = FunctionVerifier(target(1))
     run(Request(PROMPT, 20, ()), verifier, FunctionDrafter(perfect(target(1), 4)))
     assert len(verifier.trees) == 4
+
+
+def test_a_long_pass_does_not_make_the_draft_work_through_it() -> None:
+    drafter = FunctionDrafter(silent, slices=10**6)
+    events = run(Request(PROMPT, 1, ()), FunctionVerifier(target(1), turns=500), drafter)
+    assert isinstance(events[-1], Finished)
+    assert events[-1].stats.drafted_tokens == 2 * LEAST_STEPS
 
 
 def test_the_draft_grows_ahead_only_while_a_pass_runs_and_only_as_long_as_it_can() -> None:

@@ -1,4 +1,4 @@
-"""Whether drafting ahead is worth it: it must cost the pass next to nothing, or save much.
+"""Whether drafting ahead is worth it, and how far: it must cost the pass next to nothing, or save much.
 
 Drafting during a pass takes only what the others leave of the cores. Two cases leave nothing. On a machine that other
 programs keep busy, a draft step that was begun may outlast the pass by far. And a pass that is bound by computing, not
@@ -12,6 +12,13 @@ TOLERATED_SHARE = 0.1  # of a pass, that the verdict may wait for a draft step t
 LEAST_WAIT_SHARE = 0.2  # of a pass, that it waits for the disk: less is a pass bound by computing
 DEAR_STEP_SHARE = 0.02  # of a pass, that a draft step takes: such a draft is worth some slowness
 LONGEST_PAUSE = 32  # passes
+WORK_SHARE = 0.05  # of a pass, that drafting ahead works
+LEAST_STEPS = 16  # ahead, however dear: about as many as a tree takes
+
+
+def most_steps(pass_s: float, draft_step_s: float) -> int:
+    """Draft steps during a pass."""
+    return max(LEAST_STEPS, int(WORK_SHARE * pass_s / draft_step_s)) if draft_step_s > 0 else LEAST_STEPS
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,14 @@ from hypothesis import strategies as st
 
 from llmcad_actors.core.provisional import (
     DEAR_STEP_SHARE,
+    LEAST_STEPS,
     LEAST_WAIT_SHARE,
     LONGEST_PAUSE,
     TOLERATED_SHARE,
+    WORK_SHARE,
     Patience,
     Round,
+    most_steps,
 )
 
 GOOD = Round(1.0, late_s=0.0, stall_s=0.5)
@@ -54,3 +57,13 @@ def test_a_good_pass_forgives_what_was_before_it() -> None:
     while late.is_over:
         late = late.after(GOOD)
     assert late.after(GOOD) == Patience()
+
+
+@given(st.floats(0.001, 1000), st.floats(1e-6, 1))
+def test_a_cheap_draft_works_for_a_small_part_of_the_pass_and_a_dear_one_for_a_trees_steps(
+    pass_s: float, share: float
+) -> None:
+    steps = most_steps(pass_s, share * pass_s)
+    assert steps >= LEAST_STEPS
+    assert steps == LEAST_STEPS or WORK_SHARE * 0.9 < steps * share < WORK_SHARE * 1.001
+    assert most_steps(pass_s, 0.0) == LEAST_STEPS
