@@ -43,8 +43,8 @@ ENVIRONMENT: dict[str, str | None] = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "1048576",
-    "MALLOC_TRIM_THRESHOLD_": "1048576",
+    "MALLOC_MMAP_THRESHOLD_": "8388608",
+    "MALLOC_TRIM_THRESHOLD_": "16777216",
     "PYTHONWARNINGS": "ignore",
 }
 IDLE_AGENTS = ("dashboard_agent", "runtime_env_agent")  # the raylet ends without them; nobody here calls them
