@@ -101,7 +101,8 @@ class Loader:
         order: all shards of which `stream` may choose others for the cycle; default: those of the cycle.
         """
         specs = (*prelude, *opening, *cycle)
-        needed = max((room_bytes(spec, self._piece_bytes) for spec in specs), default=0)
+        alone = not self._read_ahead
+        needed = max((room_bytes(spec, self._piece_bytes, alone=alone) for spec in specs), default=0)
         if needed > self._window.size:
             raise OverBudgetError(f"a shard that takes {needed} bytes does not fit the window of {self._window.size}")
         self._cycle, self._opening, self._order = tuple(cycle), tuple(opening), tuple(order or cycle)

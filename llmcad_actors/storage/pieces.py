@@ -27,14 +27,14 @@ def pieces_of(spec: ShardSpec, piece_bytes: int) -> tuple[Piece, ...]:
     return tuple(_piece(run) for run in _runs(spec.tensors, piece_bytes))
 
 
-def room_bytes(spec: ShardSpec, piece_bytes: int) -> int:
-    """What a window needs to be able to take the shard, whatever lies where.
+def room_bytes(spec: ShardSpec, piece_bytes: int, *, alone: bool = False) -> int:
+    """What a window needs to be able to take the shard, whatever lies where; or with nothing else in it (`alone`).
 
     Every piece widened to whole blocks, and as much as the largest of them: a piece that does not fit behind the
-    others begins anew at the window's start.
+    others begins anew at the window's start. Alone, all of them fit behind each other.
     """
     spans = [span_bytes(piece.offset, piece.nbytes) for piece in pieces_of(spec, piece_bytes)]
-    return sum(spans) + max(spans, default=0)
+    return sum(spans) + (0 if alone else max(spans, default=0))
 
 
 def _runs(tensors: tuple[TensorInfo, ...], piece_bytes: int) -> Iterator[list[TensorInfo]]:

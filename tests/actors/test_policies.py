@@ -118,7 +118,7 @@ def actors(
         yield Actors(request.param(tmp_path_factory.mktemp("pair")), stack)
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(
     prompt=st.sampled_from(PROMPTS),
     builder=st.sampled_from(BUILDERS),

@@ -8,7 +8,8 @@ import pytest
 
 from llmcad_actors.actors.loader import Loader
 from llmcad_actors.core.trace import Recorder
-from llmcad_actors.errors import DeadlineError
+from llmcad_actors.errors import DeadlineError, OverBudgetError
+from llmcad_actors.planning import budget_shard
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import Layout, layout_of
 from llmcad_actors.storage.pieces import pieces_of
@@ -16,6 +17,7 @@ from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader
 from tests.tiny import tiny_llama
 
 TIMEOUT_S = 60.0
+PIECE_BYTES = 8192
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +25,10 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     return layout_of(Checkpoint.open(tiny_llama(Path(tmp_path_factory.mktemp("model")))))
 
 
-def loader_for(layout: Layout, recorder: Recorder, *, read_ahead: bool) -> Loader:
+def loader_for(layout: Layout, recorder: Recorder, *, read_ahead: bool, window_bytes: int | None = None) -> Loader:
     loader = Loader(
-        window=AlignedBuffer(2 * layout.streamed_bytes),
-        piece_bytes=8192,
+        window=AlignedBuffer(window_bytes or 2 * layout.streamed_bytes),
+        piece_bytes=PIECE_BYTES,
         reader=ParallelReader(2),
         read_ahead=read_ahead,
         recorder=recorder,
@@ -88,3 +90,18 @@ def test_every_read_is_recorded(layout: Layout) -> None:
     assert len(found) == len(pieces_of(layout.shards[0], 8192)) > 1
     assert {data["shard"] for data in found} == {name}
     assert sum(data["bytes"] for data in found) >= layout.shards[0].nbytes
+
+
+def test_without_it_a_window_of_the_largest_shard_is_enough_and_with_it_is_not(layout: Layout) -> None:
+    window_bytes = max(budget_shard(spec, PIECE_BYTES).room for spec in layout.shards)
+    loader = loader_for(layout, Recorder("loader", float), read_ahead=False, window_bytes=window_bytes)
+    try:
+        for spec in layout.shards * 3:
+            lease, name, places = loader.next(TIMEOUT_S)
+            assert name == spec.name
+            assert {tensor for tensor, _, _ in places} == {info.name for info in spec.tensors}
+            loader.release(lease)
+    finally:
+        loader.close()
+    with pytest.raises(OverBudgetError, match="does not fit the window"):
+        loader_for(layout, Recorder("loader", float), read_ahead=True, window_bytes=window_bytes)
