@@ -53,6 +53,7 @@ THIN_PROCESSES = 232 * MB  # the caller, the coordinator, the loader
 TORCH_PROCESS = 233 * MB
 WHOLE_TORCH_PROCESS = 335 * MB  # with all that an untested torch imports
 """Proportional set sizes after start, without weights, as `benchmarks/memory.py` measures them, and 3 %."""
+
 SMALL_DRAFT_BYTES = 256 << 20
 
 
