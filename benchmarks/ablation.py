@@ -20,6 +20,7 @@ from rich.table import Table
 
 from benchmarks.common import Spread, emit, measurement, model_paths, read_prompts
 from llmcad_actors.bundled import demo_draft
+from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.sizes import parse_size
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.engine import Engine
@@ -29,6 +30,7 @@ from llmcad_actors.trace_views import disk_idle_share
 
 screen = Console(stderr=True)
 TABLE_WIDTH = 120
+DEFAULTS = EngineConfig(target="")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ SETTINGS = (
     ),
     Setting("ours", "ours"),
     Setting("ours-no-provisional", "ours - provisional growth", {"provisional": False}),
+    Setting("ours-15-nodes", "ours - fallback: always 15 nodes", {"fallback": "full-tree", "max_nodes": 15}),
     Setting("ours-64-nodes", "ours - fallback: always 64 nodes", {"fallback": "full-tree", "max_nodes": 64}),
     Setting("ours-128-nodes", "ours - fallback: always 128 nodes", {"fallback": "full-tree", "max_nodes": 128}),
     Setting("ours-chain", "ours - tree: a chain", {"children": 1, "batch": 1}),
@@ -232,6 +235,10 @@ def main(
     memory: Annotated[str, typer.Option(help="Memory cap.")] = "1.5GB",
     read_limit: Annotated[str | None, typer.Option(help="Hold reads to a rate, such as 400MB/s.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    max_nodes: Annotated[
+        int, typer.Option(min=1, help="Tree nodes at most, where a setting does not say.")
+    ] = DEFAULTS.max_nodes,
+    batch: Annotated[int, typer.Option(min=1, help="Nodes of a draft step, likewise.")] = DEFAULTS.batch,
     out: Annotated[Path | None, typer.Option(help="Append JSON lines here; default: print them.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the bars.")] = None,
     traces: Annotated[Path | None, typer.Option(help="Keep a trace of every run in this folder.")] = None,
@@ -240,7 +247,7 @@ def main(
     if draft_size is not None:
         draft = str(demo_draft(parse_size(draft_size, 0)))
     texts, paths, settings = read_prompts(prompts), model_paths(target, draft), chosen(only)
-    common = {"memory": memory, "read_limit": read_limit, "dtype": dtype}
+    common = {"memory": memory, "read_limit": read_limit, "dtype": dtype, "max_nodes": max_nodes, "batch": batch}
     if traces is not None:
         traces.mkdir(parents=True, exist_ok=True)
     lines: list[dict[str, Any]] = []

@@ -31,8 +31,9 @@ from benchmarks.memory_run import NO_DRAFT
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import format_size, parse_size, smallest_cap
 from llmcad_actors.errors import LlmcadError
+from llmcad_actors.footprint import budget_inputs
 from llmcad_actors.limits import memory_limit
-from llmcad_actors.planning import budget_inputs, prepare
+from llmcad_actors.planning import prepare
 
 screen = Console(stderr=True)
 TABLE_WIDTH = 120

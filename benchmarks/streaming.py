@@ -1,14 +1,19 @@
 """How much of the disk does plain streaming use? Bare O_DIRECT reads of the same bytes against llmcad's passes.
 
     python -m benchmarks.streaming [--target demo] [--memory 1.5GB] [--runs 5]
+    python -m benchmarks.streaming --threads 1,2,4 --chunk 1MiB,8MiB --read-limit none,400MB/s [--png sweep.png]
 
 Both read the streamed shards of the same plan, with as many threads and the same chunks; they take turns, because
-disks change their mind from minute to minute. The first pass of a run is left out: it finds the window full.
+disks change their mind from minute to minute. The first pass of a run is left out: it finds the window full. Of
+options with several values every combination is run: targets (their shards differ in size), caps, threads, chunks,
+pieces (what is read of a shard in one go, and the part of the window that is not whole shards) and read limits.
 """
 
 import itertools
+import statistics
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +22,7 @@ import typer
 
 from benchmarks.common import Spread, emit, measurement, model_paths
 from llmcad_actors.config import EngineConfig
+from llmcad_actors.core.budget import parse_size
 from llmcad_actors.engine import Engine
 from llmcad_actors.planning import Prepared, prepare
 from llmcad_actors.storage.pieces import Piece, pieces_of
@@ -25,6 +31,7 @@ from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader, TokenBuc
 PROMPT = "def read_lines(path):\n    "
 NUM_BUFFERS = 4  # the bare reader never waits for one
 READ_TIMEOUT_S = 600.0
+NONE = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,48 +104,17 @@ def streaming_rate(engine: Engine, passes: int) -> tuple[float, float]:
     return num_bytes / seconds, (stalls[-1] - stalls[0]) / seconds
 
 
-def draw(runs: list[Run], png: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
-
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for offset, name in ((-0.2, "raw"), (0.2, "llmcad")):
-        rates = [getattr(run, name) / 1e9 for run in runs]
-        axes.bar([i + offset for i in range(1, len(runs) + 1)], rates, 0.4, label=name)
-    axes.set(xlabel="run", ylabel="GB/s", title="bare O_DIRECT reads, and passes of llmcad, in turn")
-    axes.legend()
-    figure.savefig(png, dpi=150)
-
-
-def main(
-    target: Annotated[str, typer.Option(help="Model directory, `demo` or `bundled`.")] = "demo",
-    memory: Annotated[str, typer.Option(help="Memory cap: it decides what is streamed.")] = "1.5GB",
-    threads: Annotated[int, typer.Option(help="Reading threads.")] = EngineConfig(target="").read_threads,
-    chunk: Annotated[int, typer.Option(help="Bytes of one read request.")] = EngineConfig(target="").chunk_bytes,
-    read_limit: Annotated[str | None, typer.Option(help="Hold all reads to a rate, such as 400MB/s.")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Runs of each, in turn.")] = 5,
-    passes: Annotated[int, typer.Option(min=1, help="Passes measured per run.")] = 5,
-    png: Annotated[Path | None, typer.Option(help="Draw the runs.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Append the JSON line here instead of printing it.")] = None,
-) -> None:
-    """Bare reads of the streamed bytes against plain streaming, in turn; prints one JSON line with the ratio."""
-    path, _ = model_paths(target)
-    settings: dict[str, Any] = {
-        "memory": memory,
-        "read_threads": threads,
-        "chunk_bytes": chunk,
-        "read_limit": read_limit,
-    }
-    job = prepare(EngineConfig(target=str(path), **settings))
+def bench(settings: Mapping[str, Any], runs: int, passes: int) -> tuple[list[Run], dict[str, Any]]:
+    """One combination: its runs, and its JSON line."""
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    path, _ = model_paths(chosen.pop("target"))
+    job = prepare(EngineConfig(target=str(path), **chosen))
     if not job.memory.streamed:
-        raise SystemExit(f"nothing is streamed at --memory {memory}: give less")
+        raise SystemExit(f"nothing is streamed of {path} at --memory {settings['memory']}: give less")
     with Engine.start(job) as engine:
         engine.generate(PROMPT, max_new_tokens=1, speculate=False)
         measured = [measure(job, engine, passes) for _ in range(runs)]
+    spec = job.loader_spec()
     values = {
         "ratio": Spread.of([run.ratio for run in measured]),
         "raw_bytes_per_s": Spread.of([run.raw for run in measured]),
@@ -146,13 +122,77 @@ def main(
         "stall_share": Spread.of([run.stall_share for run in measured]),
         "bytes_per_pass": job.memory.bytes_per_pass,
         "target_bytes": job.target.total_bytes,
+        "largest_shard_bytes": max(shard.nbytes for shard in job.layout.shards),
+        "window_bytes": job.memory.window_bytes,
     }
     direct = all(run.is_direct for run in measured)
     cache_state = "O_DIRECT: the page cache is not used" if direct else "buffered; pages are dropped once read"
-    config = {"target": target, **settings, "passes": passes}
-    emit(measurement("streaming", values, config=config, cache_state=cache_state), out)
+    config = {**settings, "read_threads": spec.threads, "chunk_bytes": spec.chunk_bytes, "passes": passes}
+    return measured, measurement("streaming", values, config=config, cache_state=cache_state)
+
+
+def combinations(**values: str) -> list[dict[str, Any]]:
+    """Every combination of the values, which stand with commas between them; `none` is a setting's default."""
+    split = [[None if value == NONE else value for value in text.split(",")] for text in values.values()]
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*split)]
+
+
+def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each combination has that another has not."""
+    varied = [name for name in settings[0] if len({each[name] for each in settings}) > 1]
+    return ["\n".join(f"{name} {each[name] or NONE}" for name in varied) for each in settings]
+
+
+def draw(names: Sequence[str], measured: Sequence[Sequence[Run]], png: Path) -> None:
+    """Medians of both rates as bars, one pair for each combination, with what their quotient is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(max(5, 1.3 * len(names) + 2), 4.5), layout="constrained")
+    for offset, name in ((-0.2, "raw"), (0.2, "llmcad")):
+        rates = [statistics.median(getattr(run, name) for run in runs) / 1e9 for runs in measured]
+        bars = axes.bar([i + offset for i in range(len(names))], rates, 0.4, label=name)
+    axes.bar_label(bars, [f"{statistics.median(run.ratio for run in runs):.2f}" for runs in measured])
+    axes.set_xticks(range(len(names)), names, fontsize=7)
+    axes.set(ylabel="GB/s", title="bare O_DIRECT reads, and passes of llmcad, in turn")
+    axes.legend()
+    figure.savefig(png, dpi=150)
+
+
+def main(
+    target: Annotated[str, typer.Option(help="Model directories, `demo` or `bundled`.")] = "demo",
+    memory: Annotated[str, typer.Option(help="Memory caps: they decide what is streamed.")] = "1.5GB",
+    threads: Annotated[str, typer.Option(help="Reading threads; none: what suits the disk.")] = NONE,
+    chunk: Annotated[str, typer.Option(help="Sizes of one read request; none: what suits the disk.")] = NONE,
+    piece: Annotated[str, typer.Option(help="Sizes of what is read in one go; none: the default.")] = NONE,
+    read_limit: Annotated[str, typer.Option(help="Hold all reads to rates, such as 400MB/s.")] = NONE,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each, in turn.")] = 5,
+    passes: Annotated[int, typer.Option(min=1, help="Passes measured per run.")] = 5,
+    png: Annotated[Path | None, typer.Option(help="Draw the rates.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Append the JSON lines here instead of printing them.")] = None,
+) -> None:
+    """Bare reads of the streamed bytes against plain streaming, in turn; a JSON line for each combination."""
+    chosen = combinations(
+        target=target,
+        memory=memory,
+        read_threads=threads,
+        chunk_bytes=chunk,
+        piece_bytes=piece,
+        read_limit=read_limit,
+    )
+    for settings in chosen:
+        settings["read_threads"] = settings["read_threads"] and int(settings["read_threads"])
+        for name in ("chunk_bytes", "piece_bytes"):
+            settings[name] = settings[name] and parse_size(settings[name], 0)
+    measured = []
+    for settings in chosen:
+        found, line = bench(settings, runs, passes)
+        measured.append(found)
+        emit(line, out)
     if png is not None:
-        draw(measured, png)
+        draw(labels(chosen), measured, png)
 
 
 if __name__ == "__main__":

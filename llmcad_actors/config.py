@@ -34,12 +34,12 @@ class EngineConfig:
     alpha_update: str = "power"  # of adaptive: the reading of the paper's update rule, or "average"
     threshold: float = 0.4  # of token-confidence
     provisional: bool = True  # go on drafting while a pass runs
-    batch: int = 8  # tree nodes a draft step runs
+    batch: int = 16  # tree nodes a draft step runs
     children: int = 16  # candidates kept of each
     threads: int | None = None  # of the verifier; default: the cores
     draft_threads: int | None = None  # default: 1 for a small draft, else the cores
-    read_threads: int = 4
-    chunk_bytes: int = 8 << 20  # one read request
+    read_threads: int | None = None  # default: what suits the disk
+    chunk_bytes: int | None = None  # one read request; default: what suits the disk
     piece_bytes: int = 32 << 20  # neighbouring tensors that are read in one go
     read_limit: str | None = None  # "400MB/s": hold the reads to a rate
     prefill_chunk: int = 256  # rows of a long prompt that a layer computes at once
@@ -55,14 +55,12 @@ class EngineConfig:
             "batch",
             "children",
             "depth",
-            "read_threads",
-            "chunk_bytes",
             "piece_bytes",
             "prefill_chunk",
         )
         for name in counts:
             _at_least(name, getattr(self, name), 1)
-        for name in ("max_context", "threads", "draft_threads"):
+        for name in ("max_context", "threads", "draft_threads", "read_threads", "chunk_bytes"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         for name in ("target", "draft", "memory", "read_limit"):

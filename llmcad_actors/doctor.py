@@ -23,8 +23,8 @@ from llmcad_actors.doctor_disk import QUICK, Effort, measure_disk, parts_of, pro
 from llmcad_actors.doctor_figures import ComputeFigures, DiskFigures, keep
 from llmcad_actors.doctor_orphans import find_orphans
 from llmcad_actors.errors import ConfigError, LlmcadError, StorageError
+from llmcad_actors.footprint import DAEMONS, THIN_PROCESSES, TORCH_PROCESS, budget_shard
 from llmcad_actors.limits import MemoryLimit, enlarging, memory_limit, shared_memory
-from llmcad_actors.planning import DAEMONS, THIN_PROCESSES, TORCH_PROCESS, budget_shard
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import layout_of
 

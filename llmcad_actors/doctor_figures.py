@@ -79,9 +79,17 @@ class Figures:
 
 def figures_for(path: Path) -> Figures | None:
     """The figures for reading `path` on this machine; None where `llmcad doctor` has not measured both."""
-    stored = _read(figures_file())
+    disk = disk_figures_for(path)
     try:
-        return Figures(DiskFigures.of(stored["disks"][device_of(path)]), ComputeFigures.of(stored["cpus"][cpu_name()]))
+        return Figures(disk, ComputeFigures.of(_read(figures_file())["cpus"][cpu_name()])) if disk else None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def disk_figures_for(path: Path) -> DiskFigures | None:
+    """The figures of the disk that `path` is on; None where it has not been measured."""
+    try:
+        return DiskFigures.of(_read(figures_file())["disks"][device_of(path)])
     except (KeyError, TypeError, ValueError, AttributeError, OSError):
         return None
 

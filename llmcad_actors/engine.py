@@ -14,6 +14,7 @@ from llmcad_actors.actors.memory import MemoryWatcher, process_pss
 from llmcad_actors.actors.runtime import Actors, LocalRay, start_actors
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.stats import Stats
+from llmcad_actors.disk_settings import meet_disk
 from llmcad_actors.errors import ConfigError, RuntimeFailure
 from llmcad_actors.messages import Event, Failed, Finished, Progress, Provisional, Request, Tokens, pack, unpack
 from llmcad_actors.models.tokenizer import Detokenizer, StopStrings, is_plain, plain_tokenizer
@@ -75,6 +76,7 @@ class Engine:
         watcher = MemoryWatcher(os.getpid(), baseline_bytes=baseline)
         for notice in prepared.notices:
             say(notice)
+        meet_disk(prepared.config, prepared.target, say)
         say("starting Ray")
         ray_ = LocalRay(prepared.memory.store_bytes)
         try:

@@ -8,12 +8,13 @@ Every emitted token is the target's own choice, so the draft decides only how ma
 """
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import Policy, outcome_of
-from llmcad_actors.core.provisional import Patience, Round, most_steps
+from llmcad_actors.core.provisional import Allowance, Patience, Round, allowance
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.messages import Event, Finished, Grown, Provisional, Request, Submission, Tokens, Verdict
@@ -47,8 +48,9 @@ async def decode(
         emit(Provisional(most_probable_path(grown.tree)))
         was_ahead = ahead.steps > 0
         helper = drafter if request.provisional and not patience.is_over else None
-        steps = most_steps(float(known.pass_seconds(len(grown.tree))), known.draft_step_s)
-        verdict, ahead = await verify_while_growing(grown.tree, verifier, helper, steps, clock)
+        last_s = math.inf if verdict is None else verdict.stats.seconds
+        allowed = allowance(float(known.pass_seconds(len(grown.tree))), known.draft_step_s, last_s)
+        verdict, ahead = await verify_while_growing(grown.tree, verifier, helper, allowed, clock)
 
         policy = policy.after(outcome_of(grown.tree, verdict.path, grown.confidence))
         costs = costs.after(grown, verdict)
@@ -75,18 +77,20 @@ async def decode(
 
 
 async def verify_while_growing(
-    tree: TokenTree, verifier: Verifier, drafter: Drafter | None, steps: int, clock: Clock
+    tree: TokenTree, verifier: Verifier, drafter: Drafter | None, allowed: Allowance, clock: Clock
 ) -> tuple[Verdict, Grown]:
-    """One pass; while it runs, the draft grows beyond the submitted tree, slice by slice, about `steps` steps."""
+    """One pass; while it runs, the draft grows beyond the submitted tree, slice by slice, as far as `allowed`."""
 
     async def check() -> tuple[Verdict, float]:
         return await verifier.verify(tree), clock.now()
 
     ahead, checking = NOTHING_AHEAD, asyncio.ensure_future(check())
+    began, slice_s = clock.now(), 0.0
     try:
-        while drafter is not None and ahead.steps < steps and not checking.done():
+        while drafter is not None and allowed.has_room(ahead.steps, (since := clock.now()) - began, slice_s):
             ahead = ahead.plus(await drafter.extend())
-            if not ahead.can_go_on:
+            slice_s = clock.now() - since
+            if not ahead.can_go_on or checking.done():
                 break
         verdict, ended = await checking
         return verdict, replace(ahead, late_s=clock.now() - ended)

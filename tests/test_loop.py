@@ -134,6 +134,16 @@ def test_a_draft_that_holds_up_the_verdict_pauses_drafting_ahead() -> None:
     assert steps[3] > 1
 
 
+def test_a_slice_that_would_outlast_the_pass_is_not_begun() -> None:
+    """Each look takes a second, so a slice does; a pass takes twelve, and the first has none before it to judge by."""
+    drafter = FunctionDrafter(silent, slices=10**6)
+    events = run(Request(PROMPT, 3, ()), FunctionVerifier(target(1), turns=50, seconds=12.0), drafter)
+    counts = [event.stats.draft_steps for event in events if isinstance(event, Tokens)]
+    ahead = [after - before - 1 for before, after in itertools.pairwise([0, *counts])]
+    assert ahead[0] == LEAST_STEPS
+    assert ahead[1:] == [5, 5]  # begun after 1, 3, 5, 7 and 9 seconds
+
+
 def test_a_perfect_draft_saves_the_passes_it_can() -> None:
     verifier = FunctionVerifier(target(1))
     run(Request(PROMPT, 20, ()), verifier, FunctionDrafter(perfect(target(1), 4)))

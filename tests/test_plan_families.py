@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from llmcad_actors.cli import app
 from llmcad_actors.core.tree import TokenTree
+from llmcad_actors.footprint import kv_bytes
 from llmcad_actors.models.families import FAMILIES, family_of
-from llmcad_actors.planning import kv_bytes
 from llmcad_actors.storage.checkpoint import Checkpoint
 from tests.encoder_decoder_cases import CASES as ENCODER_DECODER
 from tests.family_cases import CASES

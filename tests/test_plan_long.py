@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from llmcad_actors.cli import app
-from llmcad_actors.planning import activation_bytes, kv_bytes
+from llmcad_actors.footprint import activation_bytes, kv_bytes
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import layout_of
 from tests.sparse import sparse_checkpoint

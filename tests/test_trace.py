@@ -23,8 +23,9 @@ from llmcad_actors.core.trace import Recorder, Span, TraceBatch
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.engine import Engine
 from llmcad_actors.errors import UserError
+from llmcad_actors.footprint import budget_inputs
 from llmcad_actors.messages import pack, unpack, unpack_stream
-from llmcad_actors.planning import budget_inputs, prepare
+from llmcad_actors.planning import prepare
 from llmcad_actors.results import Result
 from llmcad_actors.trace_file import (
     Trace,

@@ -100,17 +100,22 @@ class LocalRay:
         self._folder = ""
         if self.is_ours:
             check_shared_memory(store_bytes)
-            self._folder = tempfile.mkdtemp(prefix="llmcad-")
-            try:
-                with environment(ENVIRONMENT), idle_agents():
-                    self._start(store_bytes)
-            except BaseException as error:
-                self.close()
-                if not isinstance(error, Exception):
-                    raise
-                raise RuntimeFailure(
-                    f"Ray did not start: {error}\nOn a busy machine a second try may help; else see `llmcad doctor`."
-                ) from error
+            for is_last in (False, True):  # on a busy machine one of Ray's daemons may miss its deadline
+                try:
+                    return self._try(store_bytes)
+                except Exception as error:
+                    if is_last:
+                        raise RuntimeFailure(f"Ray did not start: {error}\n`llmcad doctor` may tell more.") from error
+
+    def _try(self, store_bytes: int) -> None:
+        """Start; what failed leaves nothing."""
+        self._folder = tempfile.mkdtemp(prefix="llmcad-")
+        try:
+            with environment(ENVIRONMENT), idle_agents():
+                self._start(store_bytes)
+        except BaseException:
+            self.close()
+            raise
 
     def _start(self, store_bytes: int) -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)

@@ -5,6 +5,7 @@ programs keep busy, a draft step that was begun may outlast the pass by far. And
 by reading, needs all cores itself: what drafting ahead saves of a cheap draft is less than what it takes away.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,12 +14,25 @@ LEAST_WAIT_SHARE = 0.2  # of a pass, that it waits for the disk: less is a pass 
 DEAR_STEP_SHARE = 0.02  # of a pass, that a draft step takes: such a draft is worth some slowness
 LONGEST_PAUSE = 32  # passes
 WORK_SHARE = 0.05  # of a pass, that drafting ahead works
-LEAST_STEPS = 16  # ahead, however dear: about as many as a tree takes
+LEAST_STEPS = 20  # ahead, however dear: a draft whose step is a twentieth of a pass works through it
 
 
-def most_steps(pass_s: float, draft_step_s: float) -> int:
-    """Draft steps during a pass."""
-    return max(LEAST_STEPS, int(WORK_SHARE * pass_s / draft_step_s)) if draft_step_s > 0 else LEAST_STEPS
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """How far drafting ahead of one pass goes."""
+
+    steps: int
+    seconds: float = math.inf  # a step that would end later is not begun: the verdict would wait for it
+
+    def has_room(self, steps: int, elapsed_s: float, next_s: float) -> bool:
+        """For `next_s` of work more, after `steps` in `elapsed_s`."""
+        return steps < self.steps and elapsed_s + next_s < self.seconds
+
+
+def allowance(pass_s: float, draft_step_s: float, last_pass_s: float = math.inf) -> Allowance:
+    """For a pass that is thought to take `pass_s`; what the last one really took says when it will end."""
+    steps = max(LEAST_STEPS, int(WORK_SHARE * pass_s / draft_step_s)) if draft_step_s > 0 else LEAST_STEPS
+    return Allowance(steps, last_pass_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from a `ShardSource`.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ class Target:
         cached = self._cache.length
         pending = self._tokens[cached:]
         try:
-            with self._cores(len(pending) + len(tree)):
+            with linear.cores() if self._is_widened else nullcontext():
                 hidden, rows = self._forward(pending, tree)
                 choices = self._choices(hidden[len(pending) - 1 : len(pending) + len(tree)], tree)
                 accepted = walk(tree, choices, self._stop)
@@ -164,9 +164,6 @@ class Target:
         seconds = time.perf_counter() - started
         stats = PassStats(seconds, self._stall_s, seconds - self._stall_s, rows)
         return Verdict(accepted.path, accepted.bonus, accepted.stopped, stats)
-
-    def _cores(self, rows: int) -> AbstractContextManager[None]:
-        return linear.threads_for(rows) if self._is_widened else nullcontext()
 
     def _forward(self, pending: list[int], tree: TokenTree) -> tuple[torch.Tensor, int]:
         """Final hidden states [rows, hidden] of the pending tokens and the tree."""

@@ -12,16 +12,9 @@ from llmcad_actors.actors.library_pages import clean_code
 from llmcad_actors.actors.memory import by_group
 from llmcad_actors.core.budget import EMBEDDING_CACHE_BYTES
 from llmcad_actors.engine import Engine
+from llmcad_actors.footprint import DAEMONS, MB, THIN_PROCESSES, TORCH_PROCESS, WHOLE_TORCH_PROCESS, overhead_bytes
 from llmcad_actors.models import thin_imports
-from llmcad_actors.planning import (
-    DAEMONS,
-    MB,
-    THIN_PROCESSES,
-    TORCH_PROCESS,
-    WHOLE_TORCH_PROCESS,
-    Prepared,
-    overhead_bytes,
-)
+from llmcad_actors.planning import Prepared
 from tests.actors.engines import good_draft
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")

@@ -7,7 +7,6 @@ policy.
 import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from llmcad_actors.actors.coordinator import MonotonicClock, RemoteDrafter, Remo
 from llmcad_actors.actors.draft import DraftActor
 from llmcad_actors.actors.runtime import LocalRay, start_actors
 from llmcad_actors.bundled import bundled_draft, bundled_target
+from llmcad_actors.config import DraftSpec
+from llmcad_actors.core.builders import make_builder
 from llmcad_actors.core.fallback import (
     AdaptiveConfidence,
     FixedDepth,
@@ -31,7 +32,7 @@ from llmcad_actors.core.fallback import (
 )
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.loop import decode
-from llmcad_actors.messages import Event, Request, Tokens, pack
+from llmcad_actors.messages import Event, Request, Tokens, pack, unpack
 from llmcad_actors.planning import Prepared
 from tests.actors.engines import job
 from tests.family_cases import CASES
@@ -50,39 +51,48 @@ POLICIES: tuple[st.SearchStrategy[Policy], ...] = (
 )
 
 
+class AnyBuilder(DraftActor):
+    """The draft's actor, which can go on with another builder: the start of a process takes longest."""
+
+    def __init__(self, spec: bytes) -> None:
+        super().__init__(spec)
+        self._spec: DraftSpec = unpack(spec)
+
+    def use(self, builder: str) -> None:
+        """From the next request on."""
+        spec = self._spec
+        self._draft._builder = make_builder(
+            builder, max_nodes=spec.max_nodes, batch=spec.batch, children=spec.children, widths=FIXED
+        )
+
+
 class Actors:
-    """One target, and a draft actor for each builder."""
+    """One target and one draft."""
 
     def __init__(self, prepared: Prepared, stack: ExitStack) -> None:
         self.path, self._prepared = prepared.target.path, prepared
-        spec = prepared.draft_spec()
-        assert spec is not None
         actors = start_actors(
             prepared.loader_spec(),
             prepared.verifier_spec(),
-            replace(spec, builder=BUILDERS[0]),
+            None,
             prepared.policy(),
             prepared.costs(),
             lambda what: None,
         )
         stack.callback(actors.close)
         self._verifier = RemoteVerifier(actors.verifier)
-        more = {
-            builder: ray.remote(num_cpus=0)(DraftActor).remote(pack(replace(spec, builder=builder, widths=FIXED)))
-            for builder in BUILDERS[1:]
-        }
-        for actor in more.values():
-            stack.callback(_end, actor)
-            fetch(actor.ready.remote(), 120, "a draft's start")
-        self._drafters = {name: RemoteDrafter(actor) for name, actor in ({BUILDERS[0]: actors.draft} | more).items()}
+        self._draft = ray.remote(num_cpus=0)(AnyBuilder).remote(pack(prepared.draft_spec()))
+        stack.callback(_end, self._draft)
+        fetch(self._draft.ready.remote(), 120, "the draft's start")
 
     def generate(
         self, ids: tuple[int, ...], builder: str, policy: Policy, *, provisional: bool
     ) -> tuple[tuple[int, ...], Stats]:
+        fetch(self._draft.use.remote(builder), 60, "another builder")
         events: list[Event] = []
         request = Request(ids, COUNT, self._prepared.stop_tokens, provisional=provisional)
         costs, clock = self._prepared.costs(), MonotonicClock()
-        asyncio.run(decode(request, self._drafters[builder], self._verifier, policy, costs, clock, events.append))
+        asyncio.run(decode(request, RemoteDrafter(self._draft), self._verifier, policy, costs, clock, events.append))
         found = [event for event in events if isinstance(event, Tokens)]
         return tuple(i for event in found for i in event.ids), found[-1].stats
 

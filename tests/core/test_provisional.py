@@ -12,7 +12,7 @@ from llmcad_actors.core.provisional import (
     WORK_SHARE,
     Patience,
     Round,
-    most_steps,
+    allowance,
 )
 
 GOOD = Round(1.0, late_s=0.0, stall_s=0.5)
@@ -63,7 +63,15 @@ def test_a_good_pass_forgives_what_was_before_it() -> None:
 def test_a_cheap_draft_works_for_a_small_part_of_the_pass_and_a_dear_one_for_a_trees_steps(
     pass_s: float, share: float
 ) -> None:
-    steps = most_steps(pass_s, share * pass_s)
+    steps = allowance(pass_s, share * pass_s).steps
     assert steps >= LEAST_STEPS
     assert steps == LEAST_STEPS or WORK_SHARE * 0.9 < steps * share < WORK_SHARE * 1.001
-    assert most_steps(pass_s, 0.0) == LEAST_STEPS
+    assert allowance(pass_s, 0.0).steps == LEAST_STEPS
+
+
+@given(st.floats(0.01, 100), st.floats(0.001, 10))
+def test_a_step_that_would_outlast_the_pass_is_not_begun(last_pass_s: float, step_s: float) -> None:
+    allowed, steps = allowance(last_pass_s, step_s, last_pass_s), 0
+    while allowed.has_room(steps, steps * step_s, step_s):
+        steps += 1
+    assert steps == allowed.steps or steps * step_s <= last_pass_s <= (steps + 1) * step_s * (1 + 1e-9)

@@ -1,0 +1,52 @@
+"""The tables that `llmcad plan` and `llmcad demo` print."""
+
+from collections.abc import Callable
+
+from rich.table import Table
+
+from llmcad_actors.core.budget import format_size
+from llmcad_actors.core.stats import Stats
+from llmcad_actors.planning import Prepared
+from llmcad_actors.results import Result
+
+DEMO_ROWS: tuple[tuple[str, Callable[[Stats], str]], ...] = (
+    ("seconds per token", lambda s: f"{s.seconds / s.new_tokens:.2f}"),
+    ("tokens per pass", lambda s: f"{s.tokens_per_pass:.1f}"),
+    ("tokens", lambda s: str(s.new_tokens)),
+    ("read from disk", lambda s: format_size(s.bytes_read)),
+    ("peak memory", lambda s: format_size(s.peak_memory_bytes)),
+)
+
+
+def demo_table(fast: Result, plain: Result, job: Prepared) -> Table:
+    """The comparison that the demo ends with."""
+    cap = format_size(job.memory.cap_bytes)
+    table = Table(title=f"{format_size(job.target.total_bytes)} of weights, memory cap {cap}")
+    for column in ("", "speculation", "plain"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, of in DEMO_ROWS:
+        table.add_row(name, of(fast.stats), of(plain.stats))
+    return table
+
+
+def plan_table(job: Prepared) -> Table:
+    """How the cap is split, what is streamed, and how long a pass will take."""
+    memory = job.memory
+    table = Table(title=f"{job.target.path.name}: {format_size(job.target.total_bytes)} of weights", show_header=False)
+    for name, size in memory.rows():
+        table.add_row(name, format_size(size))
+    table.add_section()
+    table.add_row("in all", format_size(memory.total_bytes))
+    table.add_row("memory cap", format_size(memory.cap_bytes))
+    table.add_section()
+    table.add_row("pinned", f"{len(memory.pinned)} of {len(memory.pinned) + len(memory.streamed)} shards")
+    table.add_row("read from disk in a pass", format_size(memory.bytes_per_pass))
+    predicted = job.predicted_pass()
+    table.add_section()
+    table.add_row("predicted from", "llmcad doctor" if predicted.is_measured else "a usual machine; run llmcad doctor")
+    table.add_row("rows in a pass", str(predicted.rows))
+    table.add_row("seconds per pass", f"{predicted.seconds:.2f}")
+    if predicted.rows > 1:
+        table.add_row("tokens per pass, assumed", f"{predicted.tokens:.1f}")
+    table.add_row("tokens per second", f"{predicted.tokens_per_second:.2f}")
+    return table
