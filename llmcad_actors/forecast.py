@@ -28,11 +28,12 @@ class PassForecast:
     compute_s: float
     tokens: float
     is_measured: bool  # by `llmcad doctor`, on this machine
+    overlaps: bool = True  # a shard is read while another computes
 
     @property
     def seconds(self) -> float:
         smaller, larger = sorted((self.read_s, self.compute_s))
-        return larger + NOT_HIDDEN * smaller
+        return larger + (NOT_HIDDEN if self.overlaps else 1.0) * smaller
 
     @property
     def tokens_per_second(self) -> float:
@@ -47,14 +48,24 @@ class Forecaster:
     parameters: int
     dtype: str  # that the target computes in
     figures: ComputeFigures | None
+    overlaps: bool = True
 
     @classmethod
-    def of(cls, path: Path, *, read_bytes: int, read_limit: float | None, parameters: int, dtype: str) -> Self:
+    def of(
+        cls,
+        path: Path,
+        *,
+        read_bytes: int,
+        read_limit: float | None,
+        parameters: int,
+        dtype: str,
+        overlaps: bool = True,
+    ) -> Self:
         """For the checkpoint at `path`. read_bytes: streamed in a pass; read_limit: bytes/s, None for the disk's."""
         figures = figures_for(path)
         rate = figures.disk.bytes_per_s if figures else DISK_BYTES_PER_S
         limited = rate if read_limit is None else min(rate, read_limit)
-        return cls(read_bytes / limited, parameters, dtype, figures.compute if figures else None)
+        return cls(read_bytes / limited, parameters, dtype, figures.compute if figures else None, overlaps)
 
     def plain(self) -> PassForecast:
         """One row, one token."""
@@ -70,4 +81,4 @@ class Forecaster:
             compute_s = 2 * rows * self.parameters / MATMUL_FLOPS
         else:
             compute_s = self.figures.seconds(rows, self.dtype, self.parameters)
-        return PassForecast(rows, self.read_s, compute_s, tokens, self.figures is not None)
+        return PassForecast(rows, self.read_s, compute_s, tokens, self.figures is not None, self.overlaps)

@@ -91,9 +91,16 @@ class Prepared:
         }
         return policies[config.fallback]
 
+    @property
+    def reads_ahead(self) -> bool:
+        """A shard is read while another computes."""
+        return self.config.read_ahead and self.memory.overlaps
+
     def costs(self) -> CostModel:
         """What is known of costs before anything has run."""
         per_pass = self.memory.bytes_per_pass
+        if not self.reads_ahead:
+            return CostModel(overlaps=False)
         return CostModel(window_share=min(1.0, self.memory.window_bytes / per_pass) if per_pass else 1.0)
 
     def forecast(self) -> dict[str, Any]:
@@ -126,6 +133,7 @@ class Prepared:
             read_limit=parse_rate(config.read_limit) if config.read_limit else None,
             parameters=self.target.total_bytes // stored,
             dtype="float32" if stored == 4 else "bfloat16",
+            overlaps=self.reads_ahead,
         )
         return forecaster.plain() if self.draft is None else forecaster.best(config.max_nodes)
 
@@ -140,7 +148,7 @@ class Prepared:
             chunk_bytes=chunk_bytes,
             threads=threads,
             rate_limit=limit,
-            read_ahead=self.config.read_ahead and self.memory.overlaps,
+            read_ahead=self.reads_ahead,
         )
 
     def verifier_spec(self) -> VerifierSpec:

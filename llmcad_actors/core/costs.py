@@ -6,7 +6,8 @@ until its window is full (w seconds of reading), so
 
     round(d, n) = d + max(r - min(d, w), b + a n).
 
-While reading is the slower half, drafting within w costs nothing.
+While reading is the slower half, drafting within w costs nothing. Under a cap with room for one shard at a time the two
+halves take turns, and a pass takes as long as both together.
 """
 
 from dataclasses import dataclass, replace
@@ -30,16 +31,21 @@ class Costs:
     pass_node_s: float  # a: computing one node more
     hidden_s: float = 0.0  # w: reading that can go on while the draft works
     drafted_s: float = 0.0  # drafting in this round so far
+    overlaps: bool = True  # a shard is read while another computes
 
     def pass_seconds(self, num_nodes: npt.ArrayLike) -> np.ndarray:
         """T(n): a pass whose reading begins with it; one per entry of `num_nodes`."""
-        return np.asarray(np.maximum(self.pass_read_s, self._compute_seconds(num_nodes)))
+        return self._both(self.pass_read_s, num_nodes)
 
     def round_seconds(self, num_nodes: npt.ArrayLike, more_drafting_s: float = 0.0) -> np.ndarray:
         """The whole round, if `num_nodes` are submitted after `more_drafting_s`."""
         drafting = self.drafted_s + more_drafting_s
         reading = self.pass_read_s - min(drafting, self.hidden_s)
-        return np.asarray(drafting + np.maximum(reading, self._compute_seconds(num_nodes)))
+        return drafting + self._both(reading, num_nodes)
+
+    def _both(self, reading: float, num_nodes: npt.ArrayLike) -> np.ndarray:
+        computing = self._compute_seconds(num_nodes)
+        return np.asarray(np.maximum(reading, computing) if self.overlaps else reading + computing)
 
     def _compute_seconds(self, num_nodes: npt.ArrayLike) -> np.ndarray:
         return self.pass_base_s + self.pass_node_s * np.asarray(num_nodes, np.float64)
@@ -87,6 +93,7 @@ class CostModel:
     covariance: float = 0.0  # of rows and computing seconds
     num_steps: int = 0
     num_passes: int = 0
+    overlaps: bool = True  # a shard is read while another computes
 
     def observe_step(self, seconds: float) -> Self:
         """One draft step."""
@@ -97,7 +104,10 @@ class CostModel:
     def observe_pass(self, rows: int, seconds: float, read_seconds: float, compute_seconds: float) -> Self:
         """One pass. `read_seconds`: the disk's, for all its bytes; a pass that waits shows the true reading time."""
         fresh = _weight(self.num_passes)
-        reading = max(read_seconds, seconds) if seconds > 1.05 * compute_seconds else read_seconds
+        if not self.overlaps:
+            reading = max(seconds - compute_seconds, 0.0)
+        else:
+            reading = max(read_seconds, seconds) if seconds > 1.05 * compute_seconds else read_seconds
         off_rows, off_compute = rows - self.mean_rows, compute_seconds - self.mean_compute_s
         return replace(
             self,
@@ -127,6 +137,7 @@ class CostModel:
             pass_node_s=slope,
             hidden_s=self.window_share * self.read_s,
             drafted_s=drafted_s,
+            overlaps=self.overlaps,
         )
 
     def _seconds_per_row(self) -> float:

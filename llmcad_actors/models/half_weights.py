@@ -54,22 +54,18 @@ def available() -> bool:
 
 
 def times(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """float32 rows [rows, in] times the transpose of bf16 or f16 weight [out, in], both contiguous: [rows, out].
-
-    A row's products have the same bits whatever the number of rows.
-    """
+    """float32 rows [rows, in] times the transpose of bf16 or f16 weight [out, in], both contiguous: [rows, out]."""
     library, (count, depth), outputs = _library(), rows.shape, weight.shape[0]
     assert library is not None and weight.is_contiguous() and rows.is_contiguous()
-    result, kind, taken = torch.empty(count, outputs), KINDS[weight.dtype], ctypes.c_long(0)
-    sizes = (outputs, depth, kind, ctypes.byref(taken))
-    if count == 1:
-        pointers = rows.data_ptr(), weight.data_ptr(), result.data_ptr()
-        _on_all_threads(lambda: library.llmcad_times_one(*pointers, *sizes))
-        return result
     packed = torch.empty(-(-count // PANEL), depth, PANEL)
     library.llmcad_pack(rows.data_ptr(), packed.data_ptr(), count, depth)
-    pointers = packed.data_ptr(), weight.data_ptr(), result.data_ptr()
-    _on_all_threads(lambda: library.llmcad_times(*pointers, count, *sizes))
+    result, taken = torch.empty(count, outputs), ctypes.c_long(0)
+
+    def work() -> None:
+        pointers = packed.data_ptr(), weight.data_ptr(), result.data_ptr()
+        library.llmcad_times(*pointers, count, outputs, depth, KINDS[weight.dtype], ctypes.byref(taken))
+
+    _on_all_threads(work)
     return result
 
 
@@ -97,6 +93,5 @@ def _library() -> ctypes.CDLL | None:
     library = ctypes.CDLL(spec.origin)  # calls let other Python threads run
     library.llmcad_pack.argtypes = [POINTER, POINTER, LONG, LONG]
     library.llmcad_times.argtypes = [POINTER, POINTER, POINTER, LONG, LONG, LONG, ctypes.c_int, POINTER]
-    library.llmcad_times_one.argtypes = [POINTER, POINTER, POINTER, LONG, LONG, ctypes.c_int, POINTER]
-    library.llmcad_pack.restype = library.llmcad_times.restype = library.llmcad_times_one.restype = None
+    library.llmcad_pack.restype = library.llmcad_times.restype = None
     return library

@@ -21,7 +21,7 @@ BLOCK_BYTES = 4 << 20
 """Of widened weights: few enough to stay in the last cache, enough to keep two cores busy."""
 
 NATIVE_ROWS = 1
-"""For so few rows torch has a kernel of its own that needs no widening."""
+"""For so few rows torch has a kernel of its own that is bound by memory, not by arithmetic: one thread is enough."""
 
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """rows [..., in], weight [out, in] as stored, bias [out] or None -> [..., out] in the type of `rows`."""
@@ -46,19 +46,16 @@ class _Widened:
         self._block = torch.empty(0)
 
     def __call__(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        has_kernel = self._has_kernel(weight)
-        if rows.dtype == weight.dtype and (rows.dtype == torch.float32 or self._is_torchs(rows, has_kernel)):
+        is_one = rows.numel() <= NATIVE_ROWS * rows.shape[-1]
+        if rows.dtype == weight.dtype and (rows.dtype == torch.float32 or is_one):
             return F.linear(rows, weight, bias)
         flat = rows.reshape(-1, rows.shape[-1]).float().contiguous()
-        wide = half_weights.times(flat, weight) if has_kernel else self._by_blocks(flat, weight)
+        wide = half_weights.times(flat, weight) if self._has_kernel(weight) else self._by_blocks(flat, weight)
         result = wide if bias is None else wide + bias
         return result.to(rows.dtype).view(*rows.shape[:-1], weight.shape[0])
 
     def _has_kernel(self, weight: torch.Tensor) -> bool:
         return half_weights.available() and weight.dtype in half_weights.KINDS and weight.is_contiguous()
-
-    def _is_torchs(self, rows: torch.Tensor, has_kernel: bool) -> bool:
-        return not has_kernel and rows.numel() <= NATIVE_ROWS * rows.shape[-1]
 
     def _by_blocks(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """float32 rows [rows, in] -> [rows, out]. Keeps its block: fresh memory costs more than sums."""

@@ -20,19 +20,8 @@
 #define DEPTH 256 /* inputs at a time: a panel's are 16 KiB, the widened weights 6 KiB */
 #define GRAB 8    /* groups of outputs that a thread takes at a time */
 #define BLOCK 32  /* panels whose sums are held at once */
-#define WIDE 16   /* outputs at a time of a single row: two vectors */
 
 typedef float vector __attribute__((vector_size(32)));
-typedef uint16_t halves __attribute__((vector_size(16)));
-typedef uint32_t words __attribute__((vector_size(16)));
-typedef uint64_t pairs __attribute__((vector_size(16)));
-typedef uint32_t bits __attribute__((vector_size(32)));
-
-#if defined(__clang__)
-#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (__typeof__(a)){__VA_ARGS__})
-#endif
 
 enum kind { BFLOAT16, FLOAT16 };
 
@@ -128,95 +117,5 @@ void llmcad_times(const float *packed, const uint16_t *weights, float *result, l
                     for (long o = 0; o < outs; o++)
                         result[row * outputs + out + o] = sums[p][o][r];
         }
-    }
-}
-
-static inline vector widened(halves from, enum kind kind)
-{
-#if defined(__x86_64__)
-    if (kind == FLOAT16)
-        return (vector)_mm256_cvtph_ps((__m128i)from);
-#elif defined(__aarch64__)
-    if (kind == FLOAT16) {
-        typedef __fp16 floats __attribute__((vector_size(16)));
-        return __builtin_convertvector((floats)from, vector);
-    }
-#endif
-    return (vector)(__builtin_convertvector(from, bits) << 16);
-}
-
-/* The 8 x 8 block at `from`, of rows `stride` apart, with rows and columns exchanged. */
-static inline void transpose(halves to[8], const uint16_t *from, long stride)
-{
-    halves a[8];
-    words b[8];
-    pairs c[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++)
-        memcpy(a + i, from + i * stride, sizeof a[i]);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        b[2 * i] = (words)SHUFFLED(a[2 * i], a[2 * i + 1], 0, 8, 1, 9, 2, 10, 3, 11);
-        b[2 * i + 1] = (words)SHUFFLED(a[2 * i], a[2 * i + 1], 4, 12, 5, 13, 6, 14, 7, 15);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 8; i += 4) {
-        c[i] = (pairs)SHUFFLED(b[i], b[i + 2], 0, 4, 1, 5);
-        c[i + 1] = (pairs)SHUFFLED(b[i], b[i + 2], 2, 6, 3, 7);
-        c[i + 2] = (pairs)SHUFFLED(b[i + 1], b[i + 3], 0, 4, 1, 5);
-        c[i + 3] = (pairs)SHUFFLED(b[i + 1], b[i + 3], 2, 6, 3, 7);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        to[2 * i] = (halves)SHUFFLED(c[i], c[i + 4], 0, 2);
-        to[2 * i + 1] = (halves)SHUFFLED(c[i], c[i + 4], 1, 3);
-    }
-}
-
-/* As llmcad_times for a single row, with the same sums: there the lanes are rows, here they are outputs. */
-void llmcad_times_one(const float *row, const uint16_t *weights, float *result, long outputs, long depth, int kind,
-                      atomic_long *next)
-{
-    uint16_t near[WIDE][DEPTH + 8] __attribute__((aligned(64))); /* rows of a matrix often share a cache set */
-    float inputs[DEPTH] __attribute__((aligned(64)));
-    const long groups = (outputs + WIDE - 1) / WIDE;
-
-    for (long group = 0, until = 0;; group++) {
-        if (group == until) {
-            group = atomic_fetch_add(next, GRAB);
-            if (group >= groups)
-                return;
-            until = group + GRAB < groups ? group + GRAB : groups;
-        }
-        const long out = group * WIDE, outs = outputs - out < WIDE ? outputs - out : WIDE;
-        vector sums[2] = {0};
-        for (long done = 0; done < depth; done += DEPTH) {
-            const long now = depth - done < DEPTH ? depth - done : DEPTH, whole = (now + 7) / 8 * 8;
-            for (long o = 0; o < outs; o++) {
-                const uint16_t *from = weights + (out + o) * depth + done;
-                memcpy(near[o], from, now * sizeof *from);
-                memset(near[o] + now, 0, (whole - now) * sizeof *from);
-                for (long i = 0; i < now; i += 32)
-                    __builtin_prefetch(from + DEPTH + i, 0, 2);
-            }
-            for (long o = outs; o < WIDE; o++)
-                memset(near[o], 0, whole * sizeof near[o][0]);
-            memcpy(inputs, row + done, now * sizeof *inputs);
-            memset(inputs + now, 0, (whole - now) * sizeof *inputs);
-            vector part[2] = {0};
-            for (long i = 0; i < whole; i += 8) {
-                halves columns[2][8];
-                transpose(columns[0], near[0] + i, DEPTH + 8);
-                transpose(columns[1], near[8] + i, DEPTH + 8);
-#pragma GCC unroll 8
-                for (int c = 0; c < 8; c++) {
-                    part[0] += widened(columns[0][c], (enum kind)kind) * inputs[i + c];
-                    part[1] += widened(columns[1][c], (enum kind)kind) * inputs[i + c];
-                }
-            }
-            sums[0] += part[0];
-            sums[1] += part[1];
-        }
-        memcpy(result + out, sums, outs * sizeof *result);
     }
 }

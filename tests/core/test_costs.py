@@ -141,3 +141,15 @@ def test_a_round_whose_pass_never_waits_bounds_the_reading_by_the_pass() -> None
 def test_reading_hidden_behind_drafting_counts_as_reading() -> None:
     model = CostModel(window_share=0.5, read_s=2.0).after(Drafted(10, 0.6), Checked(Times(1.4, 1.0, 0.4, 33)))
     assert model.costs().pass_read_s == pytest.approx(2.0)
+
+
+def test_halves_that_take_turns_add_up() -> None:
+    """Under a cap with room for one shard: the rest of a pass is reading, however long the computing."""
+    model = CostModel(overlaps=False)
+    for rows, computing in ((16, 0.5), (128, 4.0), (16, 0.5), (128, 4.0)):
+        model = model.after(Drafted(1, 0.01), Checked(Times(computing + 0.7, 0.7, computing, rows)))
+    cost = model.costs()
+    assert cost.pass_read_s == pytest.approx(0.7)
+    assert cost.pass_seconds(127) == pytest.approx(4.7, rel=0.05)
+    assert cost.round_seconds(15, 0.1) == pytest.approx(0.1 + 1.2, rel=0.05)
+    assert cost.round_seconds(127) - cost.round_seconds(15) == pytest.approx(3.5, rel=0.05)  # nodes are never free
