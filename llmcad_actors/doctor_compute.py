@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -41,7 +42,8 @@ def measure_compute(
             flops[dtype] = {}
             for n in rows:
                 states = torch.randn(n, matrix[1]).to(kind)
-                took = median_seconds(partial(_multiply, linear_layer(kind), states, weights), seconds)
+                with cores_for(kind, n):
+                    took = median_seconds(partial(_multiply, linear_layer(kind), states, weights), seconds)
                 flops[dtype][n] = 2 * n * matrix[0] * matrix[1] / took
             del weights
         source, target = torch.ones(2, COPY_BYTES, dtype=torch.uint8)
@@ -55,6 +57,13 @@ def linear_layer(kind: Any) -> Callable[[Any, Any], Any]:
 
     multiply = linear.chosen(kind, kind)
     return lambda rows, weight: multiply(rows, weight, None)
+
+
+def cores_for(kind: Any, rows: int) -> AbstractContextManager[None]:
+    """What the verifier does with the threads around such products."""
+    from llmcad_actors.models import linear
+
+    return linear.cores(rows) if linear.chosen(kind, kind) is linear.widened else nullcontext()
 
 
 def _multiply(how: Callable[[Any, Any], Any], states: Any, weights: Sequence[Any], run: int) -> Any:

@@ -33,10 +33,10 @@ class Threads:
         return self._taken or torch.get_num_threads()
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
-        """The kernel keeps all of torch's threads inside, and torch one."""
+    def taken(self, left: int = 1) -> Iterator[None]:
+        """The kernel keeps all of torch's threads inside, and torch `left` of them."""
         self._taken = torch.get_num_threads()
-        torch.set_num_threads(1)
+        torch.set_num_threads(left)
         try:
             yield
         finally:

@@ -21,7 +21,7 @@ BLOCK_BYTES = 4 << 20
 """Of widened weights: few enough to stay in the last cache, enough to keep two cores busy."""
 
 NATIVE_ROWS = 1
-"""For so few rows torch has a kernel of its own that is bound by memory, not by arithmetic: one thread is enough."""
+"""For so few rows torch has a kernel of its own that is bound by memory, not by arithmetic."""
 
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """rows [..., in], weight [out, in] as stored, bias [out] or None -> [..., out] in the type of `rows`."""
@@ -83,9 +83,14 @@ def widening_pays(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and not has_bfloat16()
 
 
-def cores() -> AbstractContextManager[None]:
-    """Around a pass whose matrices are all multiplied by `widened`."""
-    return half_weights.threads.taken() if half_weights.available() else nullcontext()
+def cores(rows: int) -> AbstractContextManager[None]:
+    """Around a pass of `rows` rows whose matrices are all multiplied by `widened`.
+
+    OpenMP's threads spin between products: where torch multiplies, they leave a core to who reads the weights.
+    """
+    if not half_weights.available():
+        return nullcontext()
+    return half_weights.threads.taken(max(1, torch.get_num_threads() - 1) if rows <= NATIVE_ROWS else 1)
 
 
 def install(model: nn.Module, how: Linear) -> frozenset[str]:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcad_actors.models import half_weights
+from llmcad_actors.models import half_weights, linear
 from llmcad_actors.processor import has_vectors
 
 needs_kernel = pytest.mark.skipif(not half_weights.available(), reason="the kernel is not built")
@@ -96,6 +96,15 @@ def test_torch_leaves_the_cores_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -
         torch.set_num_threads(2)
         with half_weights.threads.taken():
             assert (half_weights.threads.count, torch.get_num_threads()) == (2, 1)
+        torch.set_num_threads(2)
+        for rows, left in ((1, 1), (2, 1)):
+            with linear.cores(rows):
+                assert torch.get_num_threads() == left
+        torch.set_num_threads(4)
+        for rows, left in ((1, 3), (2, 1)):  # one row is torch's, and a core is left to the loader
+            with linear.cores(rows):
+                assert (half_weights.threads.count, torch.get_num_threads()) == (4, left)
+        torch.set_num_threads(2)
         with suppress(ValueError), half_weights.threads.taken():
             raise ValueError
         assert half_weights.threads.count == torch.get_num_threads() == 2
