@@ -4,7 +4,7 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("llmcad", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("llmcad", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("llmcad")
 
 # Before torch is loaded, here and in what the tests start: several test processes share the cores, and OpenMP's

@@ -1,5 +1,6 @@
 """Predicted passes: from the machine's measured figures where there are any."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from llmcad_actors.core.rows import ROW_SIZES
 from llmcad_actors.doctor_figures import ComputeFigures, DiskFigures, keep
 from llmcad_actors.forecast import DISK_BYTES_PER_S, MATMUL_FLOPS, NOT_HIDDEN, Forecaster
 from tests.actors.engines import job
+from tests.tiny import tiny_llama
 
 FLOPS = {"bfloat16": {1: 2.0e9, 16: 8.0e9, 64: 16.0e9}, "float32": {1: 1.0e9, 64: 1.0e9}}
 MILLION = 10**6
@@ -66,3 +68,15 @@ def test_the_plan_says_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         assert said["seconds_per_pass"] == prepared.predicted_pass().seconds > said["read_seconds_per_pass"] > 0
         assert said["tokens_per_second"] * said["seconds_per_pass"] == pytest.approx(said["tokens_per_pass_assumed"])
         assert (said["rows_per_pass"] == 1) is (draft is None)
+
+
+def test_under_a_cap_for_one_shard_reading_and_computing_add_up(tmp_path: Path) -> None:
+    """And the loader, the cost model and the prediction all know it."""
+    roomy = job(tiny_llama(tmp_path), None)
+    for overlaps in (True, False):
+        prepared = replace(roomy, memory=replace(roomy.memory, overlaps=overlaps))
+        predicted = prepared.predicted_pass()
+        hidden = (1 - NOT_HIDDEN) * min(predicted.read_s, predicted.compute_s)
+        expected = predicted.read_s + predicted.compute_s - (hidden if overlaps else 0.0)
+        assert predicted.seconds == pytest.approx(expected)
+        assert prepared.costs().overlaps == prepared.loader_spec().read_ahead == overlaps

@@ -96,17 +96,21 @@ def test_torch_leaves_the_cores_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -
         torch.set_num_threads(2)
         with half_weights.threads.taken():
             assert (half_weights.threads.count, torch.get_num_threads()) == (2, 1)
-        torch.set_num_threads(2)
-        for rows, left in ((1, 1), (2, 1)):
-            with linear.cores(rows):
-                assert torch.get_num_threads() == left
-        torch.set_num_threads(4)
-        for rows, left in ((1, 3), (2, 1)):  # one row is torch's, and a core is left to the loader
-            with linear.cores(rows):
-                assert (half_weights.threads.count, torch.get_num_threads()) == (4, left)
-        torch.set_num_threads(2)
         with suppress(ValueError), half_weights.threads.taken():
             raise ValueError
         assert half_weights.threads.count == torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("threads", "rows", "left"), [(1, 1, 1), (2, 1, 1), (4, 1, 3), (4, 2, 1)])
+def test_one_row_is_torchs_and_leaves_a_core_to_the_loader(threads: int, rows: int, left: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with linear.cores(rows):
+            assert (half_weights.threads.count, torch.get_num_threads()) == (threads, left)
+        assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

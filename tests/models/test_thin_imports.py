@@ -15,7 +15,7 @@ from tests.encoder_decoder_cases import plain_pair
 from tests.plain import Plain, encode
 from tests.tiny import PROMPTS, tiny_llama
 
-COUNT = 6
+COUNT = 12
 CONTEXT = 128
 GROUPS = 4  # the families in so many interpreters, each within its time
 SHAPED = {"llama, rope llama3"}
