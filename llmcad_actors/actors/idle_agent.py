@@ -2,9 +2,11 @@
 
 The raylet starts two agents, waits for the numbers of their ports, and ends when one of them does. On one machine and
 without runtime environments nobody ever calls them. So this one writes the files, says that nobody listens, and lives
-until the raylet closes the pipe that is its standard input. Imports nothing but `sys`.
+until the raylet closes the pipe that is its standard input. A file appears with its number in it, never empty: the
+raylet ends at once when it reads an empty one. Imports only what the interpreter holds anyhow.
 """
 
+import os
 import sys
 
 PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
@@ -19,8 +21,15 @@ def port_files(arguments: list[str]) -> list[str]:
     return [f"{options['session-dir']}/{port}_{options['node-id']}" for port in PORTS]
 
 
+def write_whole(path: str, text: str) -> None:
+    """Write a file that nobody sees half written."""
+    unfinished = f"{path}.{os.getpid()}"
+    with open(unfinished, "w") as file:
+        file.write(text)
+    os.replace(unfinished, path)
+
+
 if __name__ == "__main__":
     for path in port_files(sys.argv[1:]):
-        with open(path, "w") as file:
-            file.write(NOBODY)
+        write_whole(path, NOBODY)
     sys.stdin.read()

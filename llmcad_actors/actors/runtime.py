@@ -5,13 +5,16 @@ import os
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private import ray_constants, services
+from ray._private.node import Node
 
 from llmcad_actors.actors import idle_agent
 from llmcad_actors.actors.calls import fetch
@@ -100,12 +103,15 @@ class LocalRay:
         self._folder = ""
         if self.is_ours:
             check_shared_memory(store_bytes)
-            for is_last in (False, True):  # on a busy machine one of Ray's daemons may miss its deadline
+            for is_last in (False, True):  # on a slow disk Ray's programs may come too late for its deadline
                 try:
                     return self._try(store_bytes)
                 except Exception as error:
                     if is_last:
-                        raise RuntimeFailure(f"Ray did not start: {error}\n`llmcad doctor` may tell more.") from error
+                        why = "\n".join(
+                            [str(error), *getattr(error, "__notes__", ()), "`llmcad doctor` may tell more."]
+                        )
+                        raise RuntimeFailure(f"Ray did not start: {why}") from error
 
     def _try(self, store_bytes: int) -> None:
         """Start; what failed leaves nothing."""
@@ -113,7 +119,10 @@ class LocalRay:
         try:
             with environment(ENVIRONMENT), idle_agents():
                 self._start(store_bytes)
-        except BaseException:
+        except BaseException as error:
+            _end_half_started(error)
+            for line in _fatal_lines(self._folder):
+                error.add_note(line)
             self.close()
             raise
 
@@ -139,6 +148,21 @@ class LocalRay:
         if self.is_ours:
             ray.shutdown()
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _end_half_started(error: BaseException) -> None:
+    """End the daemons of a node whose making raised `error`: Ray forgets them, and its shutdown does not reach them."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("self")
+        if isinstance(node, Node):
+            node.kill_all_processes(check_alive=False, wait=True)
+
+
+def _fatal_lines(folder: str) -> list[str]:
+    """What the raylet said as it gave up; Ray's own error does not tell."""
+    logs = Path(folder).glob("session_2*/logs/raylet.out")
+    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+    return [line.partition("Check failed: ")[2] for line in lines if "Check failed: " in line]
 
 
 @dataclass

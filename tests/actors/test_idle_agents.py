@@ -1,13 +1,19 @@
 """Ray runs with stand-ins for its agents, and never needs the real ones."""
 
+import gc
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import ray
+from ray._private import services
 
+from llmcad_actors.actors import idle_agent
 from llmcad_actors.actors.idle_agent import port_files
 from llmcad_actors.actors.runtime import LocalRay
 from llmcad_actors.errors import RuntimeFailure
@@ -49,6 +55,52 @@ def test_ports_go_where_the_raylet_looks() -> None:
     files = port_files([f"{os.sep}agent.py", "--node-id=ab12", "--session-dir=/tmp/s=1", "--head"])
     assert Path("/tmp/s=1/runtime_env_agent_port_ab12") in map(Path, files)
     assert len(files) == len(set(files)) == 4
+
+
+def test_a_port_file_is_never_seen_empty(tmp_path: Path) -> None:
+    """The raylet ends at once when it reads an empty one, so a file must appear whole, whoever else writes it."""
+    path = tmp_path / "metrics_agent_port_ab12"
+    writer = (
+        "import sys; from llmcad_actors.actors.idle_agent import write_whole\nwhile True: write_whole(*sys.argv[1:])"
+    )
+    agents = [subprocess.Popen([sys.executable, "-c", writer, str(path), "-1"]) for _ in range(2)]
+    try:
+        end = time.monotonic() + 30
+        while not path.exists():
+            assert time.monotonic() < end
+        assert {path.read_text() for _ in range(5000)} == {"-1"}
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+
+
+def test_a_start_that_fails_ends_its_daemons_and_says_what_the_raylet_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = tmp_path / "agent.py"
+    source = Path(idle_agent.__file__).read_text()
+    agent.write_text(source.replace("write_whole(path, NOBODY)", "write_whole(path, '')"))
+    assert agent.read_text() != source
+    monkeypatch.setattr(idle_agent, "__file__", str(agent))
+    monkeypatch.setattr(services, "get_node", unless_the_raylet_ended)
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(RuntimeFailure, match="Invalid port value in file"):
+        LocalRay(store_bytes=80 * MB)
+    assert set(psutil.Process().children(recursive=True)) == before
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, subprocess.Popen) and thing.returncode is None]
+
+
+def unless_the_raylet_ended(*_: object) -> dict[str, object]:
+    """Ray's question whether the node is there, which asks for 30 seconds; the raylet ends sooner."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for child in psutil.Process().children():
+            if child.name() == "raylet" and child.status() == psutil.STATUS_ZOMBIE:
+                raise TimeoutError("the raylet ended")
+        time.sleep(0.05)
+    raise AssertionError("the raylet lives, with a port file that is empty")
 
 
 class SlowStart:
