@@ -65,6 +65,7 @@ SETTINGS = (
     ),
     Setting("ours", "ours"),
     Setting("ours-no-provisional", "ours - provisional growth", {"provisional": False}),
+    Setting("ours-no-sharpen", "ours - sharpened draft", {"sharpen": False}),
     Setting("ours-15-nodes", "ours - fallback: always 15 nodes", {"fallback": "full-tree", "max_nodes": 15}),
     Setting("ours-64-nodes", "ours - fallback: always 64 nodes", {"fallback": "full-tree", "max_nodes": 64}),
     Setting("ours-128-nodes", "ours - fallback: always 128 nodes", {"fallback": "full-tree", "max_nodes": 128}),

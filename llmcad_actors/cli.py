@@ -66,6 +66,10 @@ AlphaUpdate = Annotated[
 ]
 Threshold = Annotated[float | None, typer.Option(help="Of token-confidence: hand over below it.")]
 ProvisionalGrowth = Annotated[bool | None, typer.Option(help="Go on drafting while a pass runs.", show_default="on")]
+Sharpening = Annotated[
+    bool | None,
+    typer.Option(help="Of best-first: learn how much surer the target is than the draft.", show_default="on"),
+]
 ReadLimit = Annotated[str | None, typer.Option(help="Hold the disk reads to a rate, such as 400MB/s.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; options win over it.")]
 
@@ -117,6 +121,7 @@ def job_from_options(
     alpha_update: AlphaUpdate = None,
     threshold: Threshold = None,
     provisional: ProvisionalGrowth = None,
+    sharpen: Sharpening = None,
     read_limit: ReadLimit = None,
     config: ConfigFile = None,
 ) -> Prepared:

@@ -36,6 +36,7 @@ class EngineConfig:
     provisional: bool = True  # go on drafting while a pass runs
     batch: int = 16  # tree nodes a draft step runs
     children: int = 16  # candidates kept of each
+    sharpen: bool = True  # of best-first: learn how much surer the target is than the draft
     threads: int | None = None  # of the verifier; default: the cores
     draft_threads: int | None = None  # default: 1 for a small draft, else the cores
     read_threads: int | None = None  # default: what suits the disk
@@ -65,7 +66,7 @@ class EngineConfig:
                 _at_least(name, getattr(self, name), 1)
         for name in ("target", "draft", "memory", "read_limit"):
             _of_type(name, getattr(self, name), str, "text")
-        for name in ("provisional", "read_ahead"):
+        for name in ("provisional", "sharpen", "read_ahead"):
             _of_type(name, getattr(self, name), bool, "true or false")
         _of_type("widths", self.widths, tuple, "a list of numbers")
         if not self.widths or not all(isinstance(width, int) and width >= 1 for width in self.widths):
@@ -147,4 +148,5 @@ class DraftSpec:
     batch: int
     children: int
     widths: tuple[int, ...]
+    sharpens: bool  # the builder learns how much surer the target is
     slice_steps: int  # draft steps of one slice of provisional growth

@@ -69,14 +69,17 @@ class Forecaster:
 
     def plain(self) -> PassForecast:
         """One row, one token."""
-        return self._of(1, 1.0)
+        return self.of_rows(1)
 
     def best(self, max_nodes: int) -> PassForecast:
         """The tree of at most `max_nodes` that brings most tokens per second, as the fallback policy would find it."""
         sizes = [rows for rows in ROW_SIZES if rows <= padded_rows(max_nodes + 1)]
-        return max((self._of(n, 1 + TOKENS_PER_DOUBLING * log2(n)) for n in sizes), key=lambda f: f.tokens_per_second)
+        return max(
+            (self.of_rows(n, 1 + TOKENS_PER_DOUBLING * log2(n)) for n in sizes), key=lambda f: f.tokens_per_second
+        )
 
-    def _of(self, rows: int, tokens: float) -> PassForecast:
+    def of_rows(self, rows: int, tokens: float = 1.0) -> PassForecast:
+        """A pass of so many rows, for so many tokens."""
         if self.figures is None:
             compute_s = 2 * rows * self.parameters / MATMUL_FLOPS
         else:

@@ -10,11 +10,11 @@ Every emitted token is the target's own choice, so the draft decides only how ma
 import asyncio
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import Policy, outcome_of
-from llmcad_actors.core.provisional import Allowance, Patience, Round, allowance
+from llmcad_actors.core.provisional import Allowance, Patience, allowance, has_room
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.messages import Event, Finished, Grown, Provisional, Request, Submission, Tokens, Verdict
@@ -24,38 +24,46 @@ NO_TREE = Submission(TokenTree.empty(), confidence=1.0, steps=0, drafted=0, seco
 NOTHING_AHEAD = Grown(steps=0, drafted=0, can_go_on=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """What a run leaves to the next one."""
+
+    policy: Policy
+    costs: CostModel
+    patience: Patience = field(default_factory=Patience)
+
+
 async def decode(
     request: Request,
     drafter: Drafter | None,
     verifier: Verifier,
-    policy: Policy,
-    costs: CostModel,
+    learnt: Learnt,
     clock: Clock,
     emit: Callable[[Event], None],
-) -> tuple[Policy, CostModel]:
+) -> Learnt:
     """Run one request to its end; returns what was learnt on the way, for the next one.
 
     Without a drafter every pass yields one token: the plain baseline.
     """
     started, stats, left = clock.now(), Stats(), request.max_new_tokens
-    verdict, ahead, patience = None, NOTHING_AHEAD, Patience()
-    await verifier.begin(request.prompt, request.stop_tokens, request.max_new_tokens)
+    policy, costs, patience = learnt.policy, learnt.costs, learnt.patience
+    verdict, ahead = None, NOTHING_AHEAD
+    held = await verifier.begin(request.prompt, request.stop_tokens, request.max_new_tokens)
     if drafter is not None:
         await drafter.begin(request.prompt)
     while True:
-        known = costs.costs()
+        known = costs.costs(pending_rows=len(request.prompt) - 1 - held if verdict is None else 0)
         grown = NO_TREE if drafter is None else await drafter.grow(verdict, policy, known)
         emit(Provisional(most_probable_path(grown.tree)))
         was_ahead = ahead.steps > 0
-        helper = drafter if request.provisional and not patience.is_over else None
+        may_help = request.provisional and not patience.is_over and has_room(known, len(grown.tree))
         last_s = math.inf if verdict is None else verdict.stats.seconds
         allowed = allowance(float(known.pass_seconds(len(grown.tree))), known.draft_step_s, last_s)
-        verdict, ahead = await verify_while_growing(grown.tree, verifier, helper, allowed, clock)
+        verdict, ahead = await verify_while_growing(grown.tree, verifier, drafter if may_help else None, allowed, clock)
 
         policy = policy.after(outcome_of(grown.tree, verdict.path, grown.confidence))
         costs = costs.after(grown, verdict)
-        times = verdict.stats
-        patience = patience.after(Round(times.seconds, ahead.late_s, times.stall_s, costs.draft_step_s))
+        patience = patience.after(verdict.stats.seconds, ahead.late_s)
         ids = new_tokens(grown.tree, verdict)[:left]
         stopped = verdict.stopped and len(ids) == len(verdict.path) + 1  # the stop token itself was not cut off
         left -= len(ids)
@@ -73,7 +81,7 @@ async def decode(
         emit(Tokens(ids, stats))
         if stopped or left == 0:
             emit(Finished("stop" if stopped else "length", stats))
-            return policy, costs
+            return Learnt(policy, costs, patience)
 
 
 async def verify_while_growing(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from llmcad_actors.models.chat import ChatTemplate
 
 DEFAULT_CONTEXT = 2048
+GUESSED_ROWS = 32  # the pass that a first guess of costs is made for
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,15 @@ class Prepared:
 
     def costs(self) -> CostModel:
         """What is known of costs before anything has run."""
-        per_pass = self.memory.bytes_per_pass
-        if not self.reads_ahead:
-            return CostModel(overlaps=False)
-        return CostModel(window_share=min(1.0, self.memory.window_bytes / per_pass) if per_pass else 1.0)
+        per_pass, guess = self.memory.bytes_per_pass, self._forecaster().of_rows(GUESSED_ROWS)
+        window_share = min(1.0, self.memory.window_bytes / per_pass) if per_pass else 1.0
+        return CostModel(
+            window_share=window_share if self.reads_ahead else 0.0,
+            read_s=guess.read_s,
+            mean_rows=GUESSED_ROWS,
+            mean_compute_s=guess.compute_s,
+            overlaps=self.reads_ahead,
+        )
 
     def forecast(self) -> dict[str, Any]:
         """The plan as numbers: what each part takes, what is pinned and streamed, the predicted pass."""
@@ -126,8 +132,12 @@ class Prepared:
 
     def predicted_pass(self) -> PassForecast:
         """A pass as this machine would run it."""
+        forecaster = self._forecaster()
+        return forecaster.plain() if self.draft is None else forecaster.best(self.config.max_nodes)
+
+    def _forecaster(self) -> Forecaster:
         config, stored = self.config, stored_bytes(self.target)
-        forecaster = Forecaster.of(
+        return Forecaster.of(
             self.target.path,
             read_bytes=self.memory.bytes_per_pass,
             read_limit=parse_rate(config.read_limit) if config.read_limit else None,
@@ -135,7 +145,6 @@ class Prepared:
             dtype="float32" if stored == 4 else "bfloat16",
             overlaps=self.reads_ahead,
         )
-        return forecaster.plain() if self.draft is None else forecaster.best(config.max_nodes)
 
     def loader_spec(self) -> LoaderSpec:
         limit = parse_rate(self.config.read_limit) if self.config.read_limit else None
@@ -178,6 +187,7 @@ class Prepared:
             batch=config.batch,
             children=config.children,
             widths=(1,) * config.depth if config.fallback == "fixed-depth" else config.widths,
+            sharpens=config.sharpen,
             slice_steps=2 if small else 1,  # a verdict waits for what has begun
         )
 

@@ -28,8 +28,11 @@ class Drafter(Protocol):
 class Verifier(Protocol):
     """Checks token trees with the target model."""
 
-    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...], max_new_tokens: int) -> None:
-        """Start on a prompt. Only a target that forces its last token looks at `max_new_tokens`."""
+    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...], max_new_tokens: int) -> int:
+        """Start on a prompt; returns how many of its tokens need no computing, as they were part of the last text.
+
+        Only a target that forces its last token looks at `max_new_tokens`.
+        """
 
     async def verify(self, tree: TokenTree) -> Verdict:
         """One pass over `tree`. The accepted path and the bonus token are committed."""

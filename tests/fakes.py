@@ -72,8 +72,9 @@ class FunctionVerifier:
         self.trees: list[TokenTree] = []
         self.num_running = 0
 
-    async def begin(self, prompt: Tokens, stop_tokens: Tokens, max_new_tokens: int) -> None:
+    async def begin(self, prompt: Tokens, stop_tokens: Tokens, max_new_tokens: int) -> int:
         self._tokens, self._stop = prompt, frozenset(stop_tokens)
+        return 0
 
     async def verify(self, tree: TokenTree) -> Verdict:
         self.trees.append(tree)
@@ -136,8 +137,8 @@ class LocalVerifier:
     def __init__(self, target: Target) -> None:
         self._target = target
 
-    async def begin(self, prompt: Tokens, stop_tokens: Tokens, max_new_tokens: int) -> None:
-        self._target.begin(prompt, stop_tokens, max_new_tokens)
+    async def begin(self, prompt: Tokens, stop_tokens: Tokens, max_new_tokens: int) -> int:
+        return self._target.begin(prompt, stop_tokens, max_new_tokens)
 
     async def verify(self, tree: TokenTree) -> Verdict:
         return await asyncio.to_thread(self._target.verify, tree)

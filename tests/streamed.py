@@ -36,8 +36,8 @@ class ActorVerifier:
     def __init__(self, actor: VerifierActor) -> None:
         self._actor = actor
 
-    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...], max_new_tokens: int) -> None:
-        self._actor.begin(pack(prompt), pack(stop_tokens), max_new_tokens)
+    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...], max_new_tokens: int) -> int:
+        return self._actor.begin(pack(prompt), pack(stop_tokens), max_new_tokens)
 
     async def verify(self, tree: TokenTree) -> Verdict:
         verdict: Verdict = unpack(self._actor.verify(pack(tree)))

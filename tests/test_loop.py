@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcad_actors.core.costs import CostModel
+from llmcad_actors.core.costs import CostModel, Costs
 from llmcad_actors.core.fallback import AdaptiveConfidence, Policy
 from llmcad_actors.core.provisional import LEAST_STEPS
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import DeadlineError
-from llmcad_actors.loop import decode, most_probable_path
-from llmcad_actors.messages import Event, Finished, Grown, Provisional, Request, Tokens, Verdict
+from llmcad_actors.loop import Learnt, decode, most_probable_path
+from llmcad_actors.messages import Event, Finished, Grown, Provisional, Request, Submission, Tokens, Verdict
 from tests.fakes import Choose, FunctionDrafter, FunctionVerifier, TickingClock, chain, perfect, random_trees, silent
 
 VOCAB = 6
@@ -58,8 +58,9 @@ def run(request: Request, verifier: FunctionVerifier, drafter: FunctionDrafter |
 
 async def task(
     request: Request, verifier: FunctionVerifier, drafter: FunctionDrafter | None, events: list[Event]
-) -> tuple[Policy, CostModel]:
-    return await decode(request, drafter, verifier, AdaptiveConfidence(), CostModel(), TickingClock(), events.append)
+) -> Learnt:
+    learnt = Learnt(AdaptiveConfidence(), CostModel())
+    return await decode(request, drafter, verifier, learnt, TickingClock(), events.append)
 
 
 def tokens_in(events: list[Event]) -> tuple[int, ...]:
@@ -90,9 +91,35 @@ def test_the_output_is_the_targets_own_whatever_the_draft(
 def test_what_was_learnt_is_handed_on() -> None:
     verifier = FunctionVerifier(target(2))
     request = Request(PROMPT, 20, ())
-    policy, costs = asyncio.run(task(request, verifier, FunctionDrafter(half_right(target(2))), []))
-    assert policy != AdaptiveConfidence()
-    assert costs.num_passes == len(verifier.trees)
+    learnt = asyncio.run(task(request, verifier, FunctionDrafter(half_right(target(2))), []))
+    assert learnt.policy != AdaptiveConfidence()
+    assert learnt.costs.num_passes == len(verifier.trees)
+
+
+class HoldingVerifier(FunctionVerifier):
+    """Still holds two tokens of the prompt from the last text."""
+
+    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...], max_new_tokens: int) -> int:
+        await super().begin(prompt, stop_tokens, max_new_tokens)
+        return 2
+
+
+class CountingDrafter(FunctionDrafter):
+    """Keeps the costs that it was told."""
+
+    def __init__(self, propose: Callable[[tuple[int, ...]], TokenTree]) -> None:
+        super().__init__(propose)
+        self.told: list[Costs] = []
+
+    async def grow(self, verdict: Verdict | None, policy: Policy, costs: Costs) -> Submission:
+        self.told.append(costs)
+        return await super().grow(verdict, policy, costs)
+
+
+def test_the_rows_of_a_prompt_count_in_its_first_pass_only() -> None:
+    drafter = CountingDrafter(half_right(target(2)))
+    run(Request((*PROMPT, 1, 2, 3), 20, ()), HoldingVerifier(target(2)), drafter)
+    assert [costs.pending_rows for costs in drafter.told[:3]] == [len(PROMPT) + 3 - 1 - 2, 0, 0]
 
 
 @pytest.mark.parametrize("kind", DRAFTS)

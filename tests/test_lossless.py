@@ -12,7 +12,7 @@ from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.builders import make_builder
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.stats import Stats
-from llmcad_actors.loop import decode
+from llmcad_actors.loop import Learnt, decode
 from llmcad_actors.messages import Event, Finished, Request, Tokens
 from llmcad_actors.models.draft import Draft, DraftModel
 from llmcad_actors.models.target import Target
@@ -66,7 +66,12 @@ class Local:
             children=spec.children,
         )
         builder = make_builder(
-            spec.builder, max_nodes=spec.max_nodes, batch=spec.batch, children=spec.children, widths=spec.widths
+            spec.builder,
+            max_nodes=spec.max_nodes,
+            batch=spec.batch,
+            children=spec.children,
+            widths=spec.widths,
+            sharpens=spec.sharpens,
         )
         return LocalDrafter(Draft(model, builder, batch=spec.batch, max_positions=spec.context))
 
@@ -75,8 +80,8 @@ class Local:
     ) -> tuple[tuple[int, ...], Stats]:
         events: list[Event] = []
         request = Request(tuple(prompt), count, self.job.stop_tokens, provisional=provisional)
-        policy, clock = self.job.policy(), TickingClock()
-        asyncio.run(decode(request, self.drafter, self.verifier, policy, CostModel(), clock, events.append))
+        learnt, clock = Learnt(self.job.policy(), CostModel()), TickingClock()
+        asyncio.run(decode(request, self.drafter, self.verifier, learnt, clock, events.append))
         assert isinstance(events[-1], Finished)
         ids = tuple(token for event in events if isinstance(event, Tokens) for token in event.ids)
         return ids, events[-1].stats

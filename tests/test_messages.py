@@ -46,7 +46,7 @@ VALUES: tuple[Any, ...] = (
     Calibration(),
     LoaderSpec("/m", ("layer.0",), 10**9, 2**25, 2**23, 4, None),
     VerifierSpec("/m", (), "float32", 2, 512, 256),
-    DraftSpec("/d", "auto", 1, 4096, 2048, 512, "best-first", 128, 8, 16, (1, 1, 3), 2),
+    DraftSpec("/d", "auto", 1, 4096, 2048, 512, "best-first", 128, 8, 16, (1, 1, 3), True, 2),
     None,
     (),
     "text",

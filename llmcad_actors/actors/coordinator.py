@@ -9,12 +9,12 @@ from typing import Any
 
 from llmcad_actors.actors.calls import fetch_async
 from llmcad_actors.actors.traced import TracedDrafter, TracedVerifier
-from llmcad_actors.core.costs import CostModel, Costs
+from llmcad_actors.core.costs import Costs
 from llmcad_actors.core.fallback import Policy
 from llmcad_actors.core.trace import Recorder
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import LlmcadError
-from llmcad_actors.loop import decode
+from llmcad_actors.loop import Learnt, decode
 from llmcad_actors.messages import Event, Failed, Grown, Request, Submission, Verdict, pack, unpack
 
 CALL_TIMEOUT_S = 600.0
@@ -46,9 +46,10 @@ class RemoteVerifier:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...], max_new_tokens: int) -> None:
+    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...], max_new_tokens: int) -> int:
         call = self._actor.begin.remote(pack(prompt), pack(stop_tokens), max_new_tokens)
-        await fetch_async(call, CALL_TIMEOUT_S, "the target's start")
+        held: int = await fetch_async(call, CALL_TIMEOUT_S, "the target's start")
+        return held
 
     async def verify(self, tree: TokenTree) -> Verdict:
         call = self._actor.verify.remote(pack(tree))
@@ -88,8 +89,7 @@ class Coordinator:
         self._recorder = recorder = Recorder("coordinator", time.monotonic)
         self._verifier = TracedVerifier(RemoteVerifier(verifier), recorder)
         self._drafter = TracedDrafter(RemoteDrafter(draft), recorder) if draft is not None else None
-        self._policy: Policy = unpack(policy)
-        self._costs: CostModel = unpack(costs)
+        self._learnt = Learnt(unpack(policy), unpack(costs))
         self._outbox = Outbox()
         self._task: asyncio.Task[None] | None = None
 
@@ -119,7 +119,7 @@ class Coordinator:
     async def _run(self, request: Request, emit: Callable[[Event], None]) -> None:
         drafter = self._drafter if request.speculate else None
         try:
-            learnt = await decode(request, drafter, self._verifier, self._policy, self._costs, MonotonicClock(), emit)
+            learnt = await decode(request, drafter, self._verifier, self._learnt, MonotonicClock(), emit)
         except LlmcadError as error:
             emit(Failed(type(error).__name__, str(error)))
             return
@@ -127,4 +127,4 @@ class Coordinator:
             emit(Failed("ActorFailure", f"the coordinator broke: {traceback.format_exc()}"))
             return
         if drafter is not None:
-            self._policy, self._costs = learnt
+            self._learnt = learnt

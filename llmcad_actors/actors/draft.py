@@ -43,6 +43,7 @@ class DraftActor:
             batch=setup.batch,
             children=setup.children,
             widths=setup.widths,
+            sharpens=setup.sharpens,
         )
         self._recorder = Recorder("draft", time.monotonic)
         self._draft = Draft(model, builder, batch=setup.batch, max_positions=setup.context, recorder=self._recorder)

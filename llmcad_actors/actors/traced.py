@@ -40,8 +40,8 @@ class TracedVerifier:
         self._verifier = verifier
         self._recorder = recorder
 
-    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...], max_new_tokens: int) -> None:
-        await self._verifier.begin(prompt, stop_tokens, max_new_tokens)
+    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...], max_new_tokens: int) -> int:
+        return await self._verifier.begin(prompt, stop_tokens, max_new_tokens)
 
     async def verify(self, tree: TokenTree) -> Verdict:
         self._recorder.mark("submission", tree=tree)

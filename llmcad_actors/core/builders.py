@@ -8,10 +8,12 @@ from llmcad_actors.core.growth import TreeBuilder
 from llmcad_actors.core.pacer import BranchPacer
 
 
-def make_builder(kind: str, max_nodes: int, batch: int, children: int, widths: Sequence[int]) -> TreeBuilder:
+def make_builder(
+    kind: str, max_nodes: int, batch: int, children: int, widths: Sequence[int], sharpens: bool = False
+) -> TreeBuilder:
     """`kind`: "best-first", "pacer" or "fixed"; each takes of the other arguments what it needs."""
     if kind == "best-first":
-        return BestFirst(max_nodes, batch, children)
+        return BestFirst(max_nodes, batch, children, sharpens)
     if kind == "pacer":
         return BranchPacer(max_nodes, batch=batch)
     if kind == "fixed":

@@ -31,6 +31,7 @@ class Costs:
     pass_node_s: float  # a: computing one node more
     hidden_s: float = 0.0  # w: reading that can go on while the draft works
     drafted_s: float = 0.0  # drafting in this round so far
+    pending_rows: int = 0  # committed tokens that the pass computes besides the root: of a prompt
     overlaps: bool = True  # a shard is read while another computes
 
     def pass_seconds(self, num_nodes: npt.ArrayLike) -> np.ndarray:
@@ -43,12 +44,22 @@ class Costs:
         reading = self.pass_read_s - min(drafting, self.hidden_s)
         return drafting + self._both(reading, num_nodes)
 
+    def without_prompt(self) -> Self:
+        """The same round of a text that is under way."""
+        return replace(self, pending_rows=0)
+
+    def waits_for_disk(self, num_nodes: int) -> float:
+        """Share of a pass over so many nodes that it is expected to wait for the disk, if drafting hid nothing."""
+        whole = float(self.pass_seconds(num_nodes))
+        return (whole - float(self._compute_seconds(num_nodes))) / whole if whole else 0.0
+
     def _both(self, reading: float, num_nodes: npt.ArrayLike) -> np.ndarray:
         computing = self._compute_seconds(num_nodes)
         return np.asarray(np.maximum(reading, computing) if self.overlaps else reading + computing)
 
     def _compute_seconds(self, num_nodes: npt.ArrayLike) -> np.ndarray:
-        return self.pass_base_s + self.pass_node_s * np.asarray(num_nodes, np.float64)
+        rows = self.pending_rows + np.asarray(num_nodes, np.float64)
+        return np.asarray(self.pass_base_s + self.pass_node_s * rows)
 
 
 class Drafting(Protocol):
@@ -128,7 +139,7 @@ class CostModel:
         took = times.seconds + hidden if times.stall_s > 0.05 * times.seconds else times.seconds
         return model.observe_pass(times.rows, took, min(self.read_s, took), times.compute_s)
 
-    def costs(self, drafted_s: float = 0.0) -> Costs:
+    def costs(self, drafted_s: float = 0.0, pending_rows: int = 0) -> Costs:
         slope = self._seconds_per_row()
         return Costs(
             draft_step_s=self.draft_step_s,
@@ -137,6 +148,7 @@ class CostModel:
             pass_node_s=slope,
             hidden_s=self.window_share * self.read_s,
             drafted_s=drafted_s,
+            pending_rows=pending_rows,
             overlaps=self.overlaps,
         )
 

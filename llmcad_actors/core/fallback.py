@@ -148,6 +148,8 @@ class MarginalThroughput:
     first), so the first step that does not pay ends the drafting: the ratio is unimodal. A step that is hidden
     altogether (c = 0) pays as long as it gains anything at all. Nodes carry at most `best_frontier` each, so a
     gain of g takes at least g / best_frontier of them.
+
+    What a prompt costs its first pass is spent anyway. There A / R is the rate of a round without it.
     """
 
     calibration: Calibration = field(default_factory=Calibration)
@@ -158,15 +160,16 @@ class MarginalThroughput:
         probabilities = self.calibration.apply(growth.cumulative)
         count = _best_count(probabilities, costs)
         tokens = 1.0 + float(probabilities[:count].sum())
-        now = tokens / costs.round_seconds(count)
+        rate = tokens / costs.without_prompt().round_seconds(count)
         nodes = count + growth.next_gain / max(growth.best_frontier, _LEAST_CONFIDENCE)
-        later = (tokens + self._gain(growth)) / costs.round_seconds(nodes, costs.draft_step_s)
-        return bool(later <= now)
+        longer = costs.round_seconds(nodes, costs.draft_step_s) - costs.round_seconds(count)
+        return bool(self._gain(growth) <= rate * longer)
 
     def choose_nodes(self, cumulative: np.ndarray, costs: Costs) -> int:
         """Nodes that only fill up a pass's rows cost nothing."""
-        rows = np.array([padded_rows(n + 1) for n in range(len(cumulative) + 1)])
-        return _best_count(self.calibration.apply(cumulative), costs, rows - 1)
+        before = costs.pending_rows + 1
+        rows = np.array([padded_rows(before + n) for n in range(len(cumulative) + 1)])
+        return _best_count(self.calibration.apply(cumulative), costs, rows - before)
 
     def after(self, outcome: Outcome) -> Self:
         accepted = np.zeros(len(outcome.tree), np.bool_)
@@ -182,7 +185,10 @@ class MarginalThroughput:
 def _best_count(probabilities: np.ndarray, costs: Costs, charged: np.ndarray | None = None) -> int:
     """n that maximises (1 + p_1 + ... + p_n) / round(n): CaDDTree's rule.
 
+    Written as the n that gains most at the best rate, which is the same, and holds for a prompt's pass too.
     charged: what n = 0, 1, ... nodes cost, in nodes; by default as many.
     """
     tokens = 1.0 + np.concatenate([[0.0], np.cumsum(probabilities)])
-    return int(np.argmax(tokens / costs.round_seconds(np.arange(len(tokens)) if charged is None else charged)))
+    nodes = np.arange(len(tokens)) if charged is None else charged
+    best_rate = (tokens / costs.without_prompt().round_seconds(nodes)).max()
+    return int(np.argmax(tokens - best_rate * costs.round_seconds(nodes)))

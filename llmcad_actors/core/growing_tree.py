@@ -17,7 +17,8 @@ _NODE = np.dtype(
         ("cumulative", np.float64),  # log-probability of the whole path
         ("token", np.int64),
         ("parent", np.int32),
-        ("logprob", np.float32),
+        ("said", np.float32),  # the draft's own log-probability
+        ("logprob", np.float32),  # what the builder makes of it
         ("depth", np.int32),
         ("step", np.int32),  # the draft step that scored it; never decreases with the index
         ("expanded", np.bool_),
@@ -51,6 +52,14 @@ class GrowingTree(ABC):
     def _submitted(self) -> np.ndarray:
         """int64[n]: the nodes that would be submitted, by descending cumulative probability."""
 
+    def _believed(self, logprobs: np.ndarray) -> np.ndarray:
+        """The draft's log-probabilities [k, b] as the builder takes them: at their word, unless it learns."""
+        return logprobs
+
+    def observe(self, path: np.ndarray, bonus: int) -> None:
+        """Learns nothing, unless overridden."""
+        return
+
     def __len__(self) -> int:
         return self._count
 
@@ -68,8 +77,9 @@ class GrowingTree(ABC):
         assert len(bounded) == len(run) > 0, f"candidates of {len(bounded)} nodes for {len(run)}"
         assert not any(self.is_expanded(node) for node in nodes), f"some of {nodes} have been run already"
         self._table["expanded"][run] = True
-        admitted = self._admitted(run, bounded)
-        self._append(np.repeat(run, admitted.sum(axis=1)), tokens[admitted], bounded[admitted])
+        believed = self._believed(bounded)
+        admitted = self._admitted(run, believed)
+        self._append(np.repeat(run, admitted.sum(axis=1)), tokens[admitted], bounded[admitted], believed[admitted])
         self._steps += 1
 
     def submission(self, limit: int | None = None) -> tuple[TokenTree, np.ndarray]:
@@ -146,7 +156,7 @@ class GrowingTree(ABC):
 
     def _last_confidence(self) -> float:
         newest = self._newest_step()
-        return float(np.exp(newest["logprob"][0])) if len(newest) else 1.0
+        return float(np.exp(newest["said"][0])) if len(newest) else 1.0
 
     def _yield_of_newest_step(self, chosen: np.ndarray) -> float:
         """Submitted probability that the newest step added per probability of the nodes it ran.
@@ -167,11 +177,11 @@ class GrowingTree(ABC):
     def _probability(self, ids: np.ndarray) -> float:
         return float(np.exp(self._table["cumulative"][ids]).sum())
 
-    def _append(self, parents: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+    def _append(self, parents: np.ndarray, tokens: np.ndarray, said: np.ndarray, logprobs: np.ndarray) -> None:
         first, end = self._count, self._count + len(parents)
         self._reserve(end)
         above, new = self._table[parents], self._table[first:end]
-        new["token"], new["parent"], new["logprob"] = tokens, parents, logprobs
+        new["token"], new["parent"], new["said"], new["logprob"] = tokens, parents, said, logprobs
         new["cumulative"] = above["cumulative"] + logprobs
         new["depth"], new["expanded"] = above["depth"] + 1, False
         new["step"] = self._table["step"][first - 1] + 1 if first else 0

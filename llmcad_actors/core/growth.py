@@ -11,7 +11,7 @@ from llmcad_actors.core.tree import TokenTree
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """The state of a growing tree, in the draft's own (uncalibrated) probabilities."""
+    """The state of a growing tree, in the builder's (uncalibrated) probabilities."""
 
     steps: int  # draft steps since the last `reroot` or `reset`: a head start does not count
     num_nodes: int  # nodes of the tree that would be submitted now
@@ -35,6 +35,9 @@ class TreeBuilder(Protocol):
 
     def expand(self, nodes: Sequence[int], tokens: np.ndarray, logprobs: np.ndarray) -> None:
         """Score the candidates of nodes just run: tokens, logprobs [len(nodes), b], each row descending."""
+
+    def observe(self, path: np.ndarray, bonus: int) -> None:
+        """Learn from a verdict, before `reroot` or `reset`: the accepted nodes, root to leaf, and the token after."""
 
     def submission(self, limit: int | None = None) -> tuple[TokenTree, np.ndarray]:
         """The tree to verify and the builder's id of each of its nodes, int64[n]; its `limit` best nodes only."""

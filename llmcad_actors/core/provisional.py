@@ -1,13 +1,15 @@
 """Whether drafting ahead is worth it, and how far: it must cost the pass next to nothing, or save much.
 
-Drafting during a pass takes only what the others leave of the cores. Two cases leave nothing. On a machine that other
-programs keep busy, a draft step that was begun may outlast the pass by far. And a pass that is bound by computing, not
-by reading, needs all cores itself: what drafting ahead saves of a cheap draft is less than what it takes away.
+Drafting during a pass takes only what the others leave of the cores. Two cases leave nothing. A pass that is bound by
+computing, not by reading, needs all cores itself: what drafting ahead saves of a cheap draft is less than what it takes
+away. And on a machine that other programs keep busy, a draft step that was begun may outlast the pass by far.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Self
+
+from llmcad_actors.core.costs import Costs
 
 TOLERATED_SHARE = 0.1  # of a pass, that the verdict may wait for a draft step to end
 LEAST_WAIT_SHARE = 0.2  # of a pass, that it waits for the disk: less is a pass bound by computing
@@ -35,25 +37,15 @@ def allowance(pass_s: float, draft_step_s: float, last_pass_s: float = math.inf)
     return Allowance(steps, last_pass_s)
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
-    """What a pass with drafting beside it showed, in seconds."""
-
-    pass_s: float
-    late_s: float = 0.0  # the verdict waited for a draft step to end
-    stall_s: float = 0.0  # the pass waited for the disk
-    draft_step_s: float = 0.0
-
-    @property
-    def was_worth_it(self) -> bool:
-        in_time = self.late_s <= TOLERATED_SHARE * self.pass_s
-        has_room = self.stall_s >= LEAST_WAIT_SHARE * self.pass_s
-        return in_time and (has_room or self.draft_step_s >= DEAR_STEP_SHARE * self.pass_s)
+def has_room(costs: Costs, num_nodes: int) -> bool:
+    """Whether a pass over so many nodes leaves time on the cores, as it waits for the disk, or the draft is dear."""
+    is_dear = costs.draft_step_s >= DEAR_STEP_SHARE * float(costs.pass_seconds(num_nodes))
+    return is_dear or costs.waits_for_disk(num_nodes) >= LEAST_WAIT_SHARE
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long drafting ahead pauses; each disappointment in a row doubles the pause."""
+    """How long drafting ahead pauses after verdicts had to wait for it; each such pass in a row doubles the pause."""
 
     pause: int = 0  # passes still to go without
     disappointments: int = 0  # in a row
@@ -63,10 +55,10 @@ class Patience:
         """Drafting ahead pauses."""
         return self.pause > 0
 
-    def after(self, last: Round) -> Self:
-        """After a pass; one that went without drafting shows nothing."""
+    def after(self, pass_s: float, late_s: float) -> Self:
+        """After a pass whose verdict waited `late_s` for a draft step to end; one without drafting shows nothing."""
         if self.is_over:
             return type(self)(self.pause - 1, self.disappointments)
-        if last.was_worth_it:
+        if late_s <= TOLERATED_SHARE * pass_s:
             return type(self)()
         return type(self)(min(2 ** (self.disappointments + 1), LONGEST_PAUSE), self.disappointments + 1)

@@ -229,6 +229,7 @@ class Draft:
     def _commit(self, verdict: Verdict) -> bool:
         """Move to the verdict's bonus token; True when the draft had already run it (a head start)."""
         path = self._submitted[list(verdict.path)]
+        self._builder.observe(path, verdict.bonus)
         self._tokens += [*self._builder.rows(path)[0].tolist(), verdict.bonus]
         run = [int(slot) for slot in self._slots[path] if slot >= 0]
         parent = int(path[-1]) if len(path) else -1

@@ -31,7 +31,7 @@ from llmcad_actors.core.fallback import (
     TokenConfidence,
 )
 from llmcad_actors.core.stats import Stats
-from llmcad_actors.loop import decode
+from llmcad_actors.loop import Learnt, decode
 from llmcad_actors.messages import Event, Request, Tokens, pack, unpack
 from llmcad_actors.planning import Prepared
 from tests.actors.engines import job
@@ -91,8 +91,8 @@ class Actors:
         fetch(self._draft.use.remote(builder), 60, "another builder")
         events: list[Event] = []
         request = Request(ids, COUNT, self._prepared.stop_tokens, provisional=provisional)
-        costs, clock = self._prepared.costs(), MonotonicClock()
-        asyncio.run(decode(request, RemoteDrafter(self._draft), self._verifier, policy, costs, clock, events.append))
+        learnt, clock = Learnt(policy, self._prepared.costs()), MonotonicClock()
+        asyncio.run(decode(request, RemoteDrafter(self._draft), self._verifier, learnt, clock, events.append))
         found = [event for event in events if isinstance(event, Tokens)]
         return tuple(i for event in found for i in event.ids), found[-1].stats
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmcad_actors.core.best_first import BestFirst
+from llmcad_actors.core.sharpness import Sharpness
 from llmcad_actors.core.tree import ROOT
 from tests.core.drafting import VOCAB, candidates, grow, paths_in, step
 
@@ -90,3 +91,52 @@ def test_the_next_gain_is_about_right_on_the_whole(seed: int) -> None:
         sums.append(float(builder.growth().cumulative.sum()))
     assert all(later >= earlier - 1e-9 for earlier, later in pairwise(sums))
     assert 0.5 * sums[-1] < estimated < 2 * sums[-1]
+
+
+def said(*probabilities: float) -> np.ndarray:
+    return np.log(np.array([probabilities], np.float32))
+
+
+def grown(*, sharpens: bool) -> BestFirst:
+    """The root's candidates 1 and 2, and those of 1: 3 and 4."""
+    builder = BestFirst(8, batch=1, sharpens=sharpens)
+    builder.expand([-1], np.array([[1, 2]]), said(0.5, 0.3))
+    builder.expand([0], np.array([[3, 4]]), said(0.6, 0.2))
+    return builder
+
+
+def test_the_targets_choices_sharpen_what_is_scored_from_then_on() -> None:
+    builder = grown(sharpens=True)
+    first = builder.sharpness.exponent
+    three = builder.find(0, 3)
+    assert three is not None
+    for _ in range(6):
+        builder.observe(np.array([0, three]), bonus=9)  # 3 has not been run: what follows it teaches nothing
+    assert builder.sharpness.exponent > first
+    assert builder.sharpness == taught_by([(said(0.5, 0.3)[0], 0), (said(0.6, 0.2)[0], 0)] * 6)
+    builder.reset()
+    builder.expand([-1], np.array([[1, 2]]), said(0.5, 0.3))
+    tree, _ = builder.submission()
+    assert tree.logprobs[0] > np.log(0.7)
+    assert builder.growth().last_confidence == pytest.approx(0.5)  # thresholds are on what the draft says
+
+
+def taught_by(choices: list[tuple[np.ndarray, int | None]]) -> Sharpness:
+    sharpness = Sharpness()
+    for logprobs, chosen in choices:
+        sharpness = sharpness.after(logprobs, chosen)
+    return sharpness
+
+
+def test_a_choice_that_was_no_candidate_teaches_too() -> None:
+    builder = grown(sharpens=True)
+    builder.observe(np.array([0]), bonus=77)
+    assert builder.sharpness == taught_by([(said(0.5, 0.3)[0], 0), (said(0.6, 0.2)[0], None)])
+
+
+def test_by_default_the_draft_is_taken_at_its_word() -> None:
+    builder = grown(sharpens=False)
+    before = builder.submission()[0]
+    builder.observe(np.array([0]), bonus=3)
+    np.testing.assert_allclose(before.logprobs, np.log([0.5, 0.3, 0.6, 0.2]), rtol=1e-6)
+    assert builder.sharpness == Sharpness()

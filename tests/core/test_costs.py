@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -75,6 +75,20 @@ def test_drafting_is_free_while_reading_is_the_slower_half() -> None:
 def test_nodes_are_free_until_computing_is_the_slower_half() -> None:
     cost = Costs(0.01, pass_read_s=1.0, pass_base_s=0.1, pass_node_s=0.01)
     np.testing.assert_allclose(cost.pass_seconds(np.array([0, 90, 100])), [1.0, 1.0, 1.1])
+
+
+def test_a_prompts_rows_are_computed_too_and_only_once() -> None:
+    costs = Costs(draft_step_s=0.01, pass_read_s=1.0, pass_base_s=0.5, pass_node_s=0.02, pending_rows=300)
+    assert costs.pass_seconds(10) == pytest.approx(0.5 + 0.02 * 310)
+    assert costs.without_prompt().pass_seconds(10) == pytest.approx(1.0)
+    assert CostModel().costs(pending_rows=7).pending_rows == 7
+
+
+def test_the_wait_for_the_disk_is_what_computing_leaves_of_a_pass() -> None:
+    costs = Costs(draft_step_s=0.01, pass_read_s=2.0, pass_base_s=0.5, pass_node_s=0.05, hidden_s=1.0)
+    assert costs.waits_for_disk(10) == pytest.approx(0.5)
+    assert costs.waits_for_disk(100) == 0.0
+    assert replace(costs, overlaps=False).waits_for_disk(10) == pytest.approx(2 / 3)
 
 
 def test_before_any_observation_the_costs_are_sensible() -> None:

@@ -175,6 +175,25 @@ def test_a_pass_bound_by_reading_takes_every_node_and_one_bound_by_computing_few
     assert 0 < MarginalThroughput().choose_nodes(cumulative, computing) < 30
 
 
+def test_what_a_prompt_costs_is_spent_anyway() -> None:
+    """Beside 300 rows of a prompt, further nodes still have to come at the rate of the rounds after it."""
+    computing = replace(COSTS, pass_read_s=0.0, pass_base_s=0.5, pass_node_s=0.025)
+    cumulative = np.geomspace(0.9, 1e-3, 200)
+    usual = MarginalThroughput().choose_nodes(cumulative, computing)
+    beside_a_prompt = MarginalThroughput().choose_nodes(cumulative, replace(computing, pending_rows=299))
+    assert usual == 31
+    assert beside_a_prompt == 20  # the pass runs 320 rows anyhow; 384 would take 1.6 s more
+    cheap = replace(computing, pass_node_s=1e-5)
+    assert MarginalThroughput().choose_nodes(cumulative, replace(cheap, pending_rows=299)) > 150
+
+
+def test_a_step_beside_a_prompt_is_worth_what_it_is_worth_later() -> None:
+    # 1.9 tokens in 1 s: as without the prompt, though the pass takes 6 s now
+    prompt = replace(COSTS, pending_rows=5900)
+    assert not MarginalThroughput().should_verify(GROWTH, replace(prompt, draft_step_s=0.10))
+    assert MarginalThroughput().should_verify(GROWTH, replace(prompt, draft_step_s=0.11))
+
+
 def test_a_pass_is_filled_up_to_the_rows_that_it_runs_anyhow() -> None:
     computing = replace(COSTS, pass_read_s=0.0, pass_base_s=1.0, pass_node_s=0.01)
     found = {

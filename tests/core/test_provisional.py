@@ -1,62 +1,75 @@
 """Drafting ahead pauses where it holds up the verdict, or takes cores from a pass that needs them."""
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmcad_actors.core.costs import Costs
 from llmcad_actors.core.provisional import (
     DEAR_STEP_SHARE,
     LEAST_STEPS,
-    LEAST_WAIT_SHARE,
     LONGEST_PAUSE,
     TOLERATED_SHARE,
     WORK_SHARE,
     Patience,
-    Round,
     allowance,
+    has_room,
 )
-
-GOOD = Round(1.0, late_s=0.0, stall_s=0.5)
-LATE = Round(1.0, late_s=0.5, stall_s=0.5)
-BOUND_BY_COMPUTING = Round(1.0, stall_s=0.05, draft_step_s=0.005)
 
 
 def passes_until_it_drafts_again(patience: Patience) -> int:
     count = 0
     while patience.is_over:
-        patience, count = patience.after(GOOD), count + 1
+        patience, count = patience.after(1.0, 0.0), count + 1
     return count
 
 
-@given(st.floats(0.001, 1000))
-def test_a_draft_that_is_in_time_beside_a_pass_that_waits_never_pauses(pass_s: float) -> None:
-    shown = Round(pass_s, late_s=TOLERATED_SHARE * pass_s, stall_s=LEAST_WAIT_SHARE * pass_s)
-    assert not Patience().after(shown).is_over
+@given(st.floats(0.001, 1000), st.floats(0, TOLERATED_SHARE))
+def test_a_draft_that_is_in_time_never_pauses(pass_s: float, share: float) -> None:
+    assert not Patience().after(pass_s, late_s=share * pass_s).is_over
 
 
-@given(st.floats(0.001, 1000), st.floats(0, 0.9))
-def test_beside_a_pass_bound_by_computing_only_a_dear_draft_goes_on(pass_s: float, share: float) -> None:
-    stall_s = share * LEAST_WAIT_SHARE * pass_s
-    cheap = Round(pass_s, stall_s=stall_s, draft_step_s=share * DEAR_STEP_SHARE * pass_s)
-    dear = Round(pass_s, stall_s=stall_s, draft_step_s=1.1 * DEAR_STEP_SHARE * pass_s)
-    assert Patience().after(cheap).is_over and not Patience().after(dear).is_over
+def costs(draft_step_s: float, read_s: float, **more: Any) -> Costs:
+    return Costs(draft_step_s, pass_read_s=read_s, pass_base_s=0.6, pass_node_s=0.02, **more)
+
+
+def test_there_is_room_beside_a_pass_that_waits_for_the_disk() -> None:
+    assert has_room(costs(0.005, read_s=1.3), 20)  # computing takes 1.0
+    assert not has_room(costs(0.005, read_s=1.2), 20)
+    assert has_room(costs(0.005, read_s=1.2), 10)
+
+
+def test_beside_a_pass_bound_by_computing_only_a_dear_draft_goes_on() -> None:
+    assert not has_room(costs(0.9 * DEAR_STEP_SHARE, read_s=0.5), 20)
+    assert has_room(costs(1.1 * DEAR_STEP_SHARE, read_s=0.5), 20)
+
+
+def test_a_prompts_pass_is_bound_by_computing() -> None:
+    assert has_room(costs(0.005, read_s=6.0), 20)
+    assert not has_room(costs(0.005, read_s=6.0, pending_rows=300), 20)
+
+
+def test_a_pass_whose_halves_take_turns_leaves_the_time_of_reading() -> None:
+    assert has_room(costs(0.005, read_s=0.3, overlaps=False), 20)
+    assert not has_room(costs(0.005, read_s=0.3), 20)
 
 
 def test_every_disappointment_in_a_row_doubles_the_pause_up_to_the_longest() -> None:
-    for bad in (LATE, BOUND_BY_COMPUTING):
-        patience, pauses = Patience(), []
-        for _ in range(8):
-            patience = patience.after(bad)
-            pauses.append(passes_until_it_drafts_again(patience))
-            while patience.is_over:
-                patience = patience.after(bad)  # without drafting it shows nothing
-        assert pauses == [2, 4, 8, 16, 32, LONGEST_PAUSE, LONGEST_PAUSE, LONGEST_PAUSE]
+    patience, pauses = Patience(), []
+    for _ in range(8):
+        patience = patience.after(1.0, 0.5)
+        pauses.append(passes_until_it_drafts_again(patience))
+        while patience.is_over:
+            patience = patience.after(1.0, 0.5)  # without drafting it shows nothing
+    assert pauses == [2, 4, 8, 16, 32, LONGEST_PAUSE, LONGEST_PAUSE, LONGEST_PAUSE]
 
 
 def test_a_good_pass_forgives_what_was_before_it() -> None:
-    late = Patience().after(LATE)
+    late = Patience().after(1.0, 0.5)
     while late.is_over:
-        late = late.after(GOOD)
-    assert late.after(GOOD) == Patience()
+        late = late.after(1.0, 0.0)
+    assert late.after(1.0, 0.0) == Patience()
 
 
 @given(st.floats(0.001, 1000), st.floats(1e-6, 1))
