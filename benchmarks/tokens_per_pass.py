@@ -22,10 +22,17 @@ def main(
     nodes: Annotated[int, typer.Option(help="Tree nodes at most.")] = 128,
     fallback: Annotated[str, typer.Option(help="Fallback policy.")] = "full-tree",
     memory: Annotated[str, typer.Option(help="Memory cap.")] = "2GB",
+    sharpen: Annotated[bool, typer.Option(help="Learn how much surer the target is than the draft.")] = True,
 ) -> None:
     """Print one JSON line: tokens per pass over all prompts together, and its spread over prompts."""
     path, draft_path = model_paths(target, draft)
-    settings = {"memory": memory, "max_nodes": nodes, "fallback": fallback, "provisional": False}
+    settings = {
+        "memory": memory,
+        "max_nodes": nodes,
+        "fallback": fallback,
+        "provisional": False,
+        "sharpen": sharpen,
+    }
     with Engine.launch(path, draft_path, **settings) as engine:  # type: ignore[arg-type]
         stats = [engine.generate(text, max_new_tokens=tokens).stats for text in read_prompts(prompts)]
     total = sum(s.new_tokens for s in stats) / sum(s.target_passes for s in stats)

@@ -42,7 +42,7 @@ def measure_compute(
             flops[dtype] = {}
             for n in rows:
                 states = torch.randn(n, matrix[1]).to(kind)
-                with cores_for(kind, n):
+                with cores_for(kind):
                     took = median_seconds(partial(_multiply, linear_layer(kind), states, weights), seconds)
                 flops[dtype][n] = 2 * n * matrix[0] * matrix[1] / took
             del weights
@@ -59,11 +59,11 @@ def linear_layer(kind: Any) -> Callable[[Any, Any], Any]:
     return lambda rows, weight: multiply(rows, weight, None)
 
 
-def cores_for(kind: Any, rows: int) -> AbstractContextManager[None]:
+def cores_for(kind: Any) -> AbstractContextManager[None]:
     """What the verifier does with the threads around such products."""
     from llmcad_actors.models import linear
 
-    return linear.cores(rows) if linear.chosen(kind, kind) is linear.widened else nullcontext()
+    return linear.cores() if linear.chosen(kind, kind) is linear.widened else nullcontext()
 
 
 def _multiply(how: Callable[[Any, Any], Any], states: Any, weights: Sequence[Any], run: int) -> Any:

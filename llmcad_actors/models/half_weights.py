@@ -16,7 +16,7 @@ import torch
 import llmcad_actors.native
 from llmcad_actors.processor import has_vectors
 
-PANEL = 16  # as in half_weights.c
+PANEL, STRIDE = 16, 16  # as in half_weights.c
 KINDS = {torch.bfloat16: 0, torch.float16: 1}
 POINTER, LONG = ctypes.c_void_p, ctypes.c_long
 
@@ -33,10 +33,10 @@ class Threads:
         return self._taken or torch.get_num_threads()
 
     @contextmanager
-    def taken(self, left: int = 1) -> Iterator[None]:
-        """The kernel keeps all of torch's threads inside, and torch `left` of them."""
+    def taken(self) -> Iterator[None]:
+        """The kernel keeps all of torch's threads inside, and torch one of them."""
         self._taken = torch.get_num_threads()
-        torch.set_num_threads(left)
+        torch.set_num_threads(1)
         try:
             yield
         finally:
@@ -69,9 +69,28 @@ def times(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _on_all_threads(work: Callable[[], None]) -> None:
-    """Run `work` here and in the other threads; one that has not begun when this one ends is not needed."""
-    others = threads.count - 1
+def row_times(row: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """float32 row [in] times the transpose of bf16 weight [out, in], both contiguous: [out].
+
+    Bound by memory, of which one thread can use most: it leaves a core to who reads the next weights.
+    """
+    library, (outputs, depth) = _library(), weight.shape
+    assert library is not None and weight.dtype == torch.bfloat16 and weight.is_contiguous()
+    whole = depth // STRIDE * STRIDE
+    split = torch.cat([row[:whole].view(-1, STRIDE // 2, 2).transpose(1, 2).reshape(-1), row[whole:]])
+    result, taken = torch.empty(outputs), ctypes.c_long(0)
+
+    def work() -> None:
+        pointers = split.data_ptr(), weight.data_ptr(), result.data_ptr()
+        library.llmcad_row(*pointers, outputs, depth, ctypes.byref(taken))
+
+    _on_all_threads(work, left=1)
+    return result
+
+
+def _on_all_threads(work: Callable[[], None], left: int = 0) -> None:
+    """Run `work` here and in all other threads but `left`; one that has not begun when this one ends is not needed."""
+    others = max(threads.count - 1 - left, 0)
     started = [_pool(others, threading.get_ident()).submit(work) for _ in range(others)]
     work()
     for other in started:
@@ -93,5 +112,6 @@ def _library() -> ctypes.CDLL | None:
     library = ctypes.CDLL(spec.origin)  # calls let other Python threads run
     library.llmcad_pack.argtypes = [POINTER, POINTER, LONG, LONG]
     library.llmcad_times.argtypes = [POINTER, POINTER, POINTER, LONG, LONG, LONG, ctypes.c_int, POINTER]
-    library.llmcad_pack.restype = library.llmcad_times.restype = None
+    library.llmcad_row.argtypes = [POINTER, POINTER, POINTER, LONG, LONG, POINTER]
+    library.llmcad_pack.restype = library.llmcad_times.restype = library.llmcad_row.restype = None
     return library

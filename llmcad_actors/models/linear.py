@@ -20,9 +20,6 @@ from llmcad_actors.processor import has_bfloat16
 BLOCK_BYTES = 4 << 20
 """Of widened weights: few enough to stay in the last cache, enough to keep two cores busy."""
 
-NATIVE_ROWS = 1
-"""For so few rows torch has a kernel of its own that is bound by memory, not by arithmetic."""
-
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """rows [..., in], weight [out, in] as stored, bias [out] or None -> [..., out] in the type of `rows`."""
 
@@ -46,16 +43,22 @@ class _Widened:
         self._block = torch.empty(0)
 
     def __call__(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        is_one = rows.numel() <= NATIVE_ROWS * rows.shape[-1]
-        if rows.dtype == weight.dtype and (rows.dtype == torch.float32 or is_one):
+        if rows.dtype == weight.dtype == torch.float32:
             return F.linear(rows, weight, bias)
-        flat = rows.reshape(-1, rows.shape[-1]).float().contiguous()
-        wide = half_weights.times(flat, weight) if self._has_kernel(weight) else self._by_blocks(flat, weight)
+        flat = rows.reshape(-1, rows.shape[-1])
+        has_kernel = half_weights.available() and weight.dtype in half_weights.KINDS and weight.is_contiguous()
+        if len(flat) == 1 and rows.dtype == weight.dtype and not (has_kernel and weight.dtype == torch.bfloat16):
+            return F.linear(rows, weight, bias)  # for one row torch has a kernel of its own too
+        wide = self._product(flat.float().contiguous(), weight, has_kernel)
         result = wide if bias is None else wide + bias
         return result.to(rows.dtype).view(*rows.shape[:-1], weight.shape[0])
 
-    def _has_kernel(self, weight: torch.Tensor) -> bool:
-        return half_weights.available() and weight.dtype in half_weights.KINDS and weight.is_contiguous()
+    def _product(self, flat: torch.Tensor, weight: torch.Tensor, has_kernel: bool) -> torch.Tensor:
+        if not has_kernel:
+            return self._by_blocks(flat, weight)
+        if len(flat) == 1 and weight.dtype == torch.bfloat16:
+            return half_weights.row_times(flat[0], weight)
+        return half_weights.times(flat, weight)
 
     def _by_blocks(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """float32 rows [rows, in] -> [rows, out]. Keeps its block: fresh memory costs more than sums."""
@@ -83,14 +86,9 @@ def widening_pays(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and not has_bfloat16()
 
 
-def cores(rows: int) -> AbstractContextManager[None]:
-    """Around a pass of `rows` rows whose matrices are all multiplied by `widened`.
-
-    OpenMP's threads spin between products: where torch multiplies, they leave a core to who reads the weights.
-    """
-    if not half_weights.available():
-        return nullcontext()
-    return half_weights.threads.taken(max(1, torch.get_num_threads() - 1) if rows <= NATIVE_ROWS else 1)
+def cores() -> AbstractContextManager[None]:
+    """Around a pass whose matrices are all multiplied by `widened`: OpenMP's threads would spin between products."""
+    return half_weights.threads.taken() if half_weights.available() else nullcontext()
 
 
 def install(model: nn.Module, how: Linear) -> frozenset[str]:

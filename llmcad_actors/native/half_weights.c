@@ -20,8 +20,13 @@
 #define DEPTH 256 /* inputs at a time: a panel's are 16 KiB, the widened weights 6 KiB */
 #define GRAB 8    /* groups of outputs that a thread takes at a time */
 #define BLOCK 32  /* panels whose sums are held at once */
+#define LINES 4   /* of one row: outputs at a time, so many streams of weights from memory */
+#define STRIDE 16 /* of one row: inputs at a time, two to a word */
 
 typedef float vector __attribute__((vector_size(32)));
+typedef float loose_vector __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(32)));
+typedef uint32_t loose_words __attribute__((vector_size(32), aligned(2), may_alias));
 
 enum kind { BFLOAT16, FLOAT16 };
 
@@ -116,6 +121,55 @@ void llmcad_times(const float *packed, const uint16_t *weights, float *result, l
                 for (long r = 0, row = (block + p) * PANEL; r < PANEL && row < count; r++, row++)
                     for (long o = 0; o < outs; o++)
                         result[row * outputs + out + o] = sums[p][o][r];
+        }
+    }
+}
+
+static inline float total(vector sums)
+{
+    float all = 0;
+    for (int i = 0; i < 8; i++)
+        all += sums[i];
+    return all;
+}
+
+/* One row times bf16 weights [outputs][depth]: bound by memory. Outputs are taken from `next`, as above.
+ * row: of every 16 inputs the eight even ones and then the eight odd ones; the rest in order. A 32-bit word holds two
+ * weights: the even one shifted up, and the odd one with the other masked off, are float32 already. */
+void llmcad_row(const float *row, const uint16_t *weights, float *result, long outputs, long depth, atomic_long *next)
+{
+    const long whole = depth / STRIDE * STRIDE, groups = (outputs + LINES - 1) / LINES;
+    long group = 0, until = 0;
+
+    for (;; group++) {
+        if (group == until) {
+            group = atomic_fetch_add(next, GRAB);
+            if (group >= groups)
+                return;
+            until = group + GRAB < groups ? group + GRAB : groups;
+        }
+        const long out = group * LINES, lines = outputs - out < LINES ? outputs - out : LINES;
+        const uint16_t *from[LINES];
+        vector even[LINES] = {0}, odd[LINES] = {0};
+        for (long o = 0; o < LINES; o++)
+            from[o] = weights + (out + (o < lines ? o : 0)) * depth; /* where there are fewer: the first once more */
+        for (long i = 0; i < whole; i += STRIDE) {
+            const vector low = *(const loose_vector *)(row + i), high = *(const loose_vector *)(row + i + 8);
+#pragma GCC unroll 4
+            for (int o = 0; o < LINES; o++) {
+                const words pairs = *(const loose_words *)(from[o] + i);
+                even[o] += (vector)(pairs << 16) * low;
+                odd[o] += (vector)(pairs & 0xffff0000u) * high;
+            }
+        }
+        for (long o = 0; o < lines; o++) {
+            float sum = total(even[o] + odd[o]);
+            for (long i = whole; i < depth; i++) {
+                float weight;
+                widen(&weight, from[o] + i, 1, BFLOAT16);
+                sum += weight * row[i];
+            }
+            result[out + o] = sum;
         }
     }
 }

@@ -62,7 +62,12 @@ class AnyBuilder(DraftActor):
         """From the next request on."""
         spec = self._spec
         self._draft._builder = make_builder(
-            builder, max_nodes=spec.max_nodes, batch=spec.batch, children=spec.children, widths=FIXED
+            builder,
+            max_nodes=spec.max_nodes,
+            batch=spec.batch,
+            children=spec.children,
+            widths=FIXED,
+            sharpens=spec.sharpens,
         )
 
 

@@ -1,6 +1,7 @@
 """The package's own kernel: its sums are right for every shape, and a row's do not depend on the rows beside it."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcad_actors.models import half_weights, linear
+from llmcad_actors.models import half_weights
 from llmcad_actors.processor import has_vectors
 
 needs_kernel = pytest.mark.skipif(not half_weights.available(), reason="the kernel is not built")
@@ -104,13 +105,49 @@ def test_torch_leaves_the_cores_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -
 
 
 @needs_kernel
-@pytest.mark.parametrize(("threads", "rows", "left"), [(1, 1, 1), (2, 1, 1), (4, 1, 3), (4, 2, 1)])
-def test_one_row_is_torchs_and_leaves_a_core_to_the_loader(threads: int, rows: int, left: int) -> None:
+@given(
+    outputs=st.integers(1, 120),
+    depth=st.sampled_from([1, 7, 16, 31, 256, 273, 600]),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**16),
+)
+def test_one_rows_sums_are_right(outputs: int, depth: int, threads: int, seed: int) -> None:
+    torch.manual_seed(seed)
     before = torch.get_num_threads()
+    buffer, x = torch.randn(1 + outputs * depth).bfloat16(), torch.randn(depth)
+    weight = buffer[1:].view(outputs, depth)  # at an odd address
     try:
         torch.set_num_threads(threads)
-        with linear.cores(rows):
-            assert (half_weights.threads.count, torch.get_num_threads()) == (threads, left)
-        assert torch.get_num_threads() == threads
+        found = half_weights.row_times(x, weight)
     finally:
         torch.set_num_threads(before)
+    expected = weight.double() @ x.double()
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * depth**0.5)
+
+
+@needs_kernel
+def test_one_row_leaves_a_core_to_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, asked = torch.get_num_threads(), list[int]()
+    pool = half_weights._pool
+
+    def noted(count: int, caller: int) -> ThreadPoolExecutor:
+        asked.append(count)
+        return pool(count, caller)
+
+    monkeypatch.setattr(half_weights, "_pool", noted)
+    try:
+        torch.set_num_threads(3)
+        with half_weights.threads.taken():
+            half_weights.row_times(torch.randn(32), torch.randn(40, 32).bfloat16())
+            half_weights.times(torch.randn(1, 32), torch.randn(40, 32).bfloat16())
+    finally:
+        torch.set_num_threads(before)
+    assert (asked[0], asked[-1]) == (1, 2)
+
+
+@needs_kernel
+def test_special_values_of_one_row_stay_what_they_are() -> None:
+    weight = torch.tensor([[1.0, float("inf")] * 16, [float("nan"), 1.0] * 16, [-0.0, 1e-40] * 16]).bfloat16()
+    found = half_weights.row_times(torch.ones(32), weight)
+    assert found[0] == float("inf") and found[1].isnan()
+    assert found[2] == pytest.approx(16 * float(weight[2, 1]), rel=1e-6)
