@@ -16,7 +16,7 @@ NOT_HIDDEN = 0.5
 """Part of the smaller of reading and computing that adds to the larger: they compete for memory and cores."""
 
 TOKENS_PER_DOUBLING = 0.85
-"""What every doubling of a tree brings: the bundled pair accepts 4.2 tokens a pass with 15 nodes, 7.3 with 128."""
+"""What every doubling of a tree brings, cautiously: a pair and its texts decide. The bundled pair brings more."""
 
 
 @dataclass(frozen=True, slots=True)
