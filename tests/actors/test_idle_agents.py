@@ -84,12 +84,20 @@ def test_a_start_that_fails_ends_its_daemons_and_says_what_the_raylet_said(
     assert agent.read_text() != source
     monkeypatch.setattr(idle_agent, "__file__", str(agent))
     monkeypatch.setattr(services, "get_node", unless_the_raylet_ended)
-    before = set(psutil.Process().children(recursive=True))
+    children, handles = set(psutil.Process().children(recursive=True)), unended()
     with pytest.raises(RuntimeFailure, match="Invalid port value in file"):
         LocalRay(store_bytes=80 * MB)
-    assert set(psutil.Process().children(recursive=True)) == before
+    started = set(psutil.Process().children(recursive=True)) - children
+    _, alive = psutil.wait_procs(started, timeout=15)  # the raylet's own end a moment after it
+    assert not alive
+    assert not unended() - handles
+
+
+def unended() -> set[int]:
+    """Processes that a handle somewhere in this process takes for running."""
     gc.collect()
-    assert not [thing for thing in gc.get_objects() if isinstance(thing, subprocess.Popen) and thing.returncode is None]
+    things = [thing for thing in gc.get_objects() if issubclass(type(thing), subprocess.Popen)]
+    return {thing.pid for thing in things if thing.returncode is None}
 
 
 def unless_the_raylet_ended(*_: object) -> dict[str, object]:
