@@ -84,6 +84,16 @@ void llmcad_pack(const float *rows, float *packed, long count, long depth)
     }
 }
 
+/* The next group of a thread that may have those up to `until`, else of the next GRAB that nobody has; 0: none is left. */
+static int advance(long *group, long *until, long groups, atomic_long *next)
+{
+    if (++*group < *until)
+        return 1;
+    *group = atomic_fetch_add(next, GRAB);
+    *until = *group + GRAB < groups ? *group + GRAB : groups;
+    return *group < groups;
+}
+
 /* Groups of outputs, taken from `next` until there are none: called by several threads at once.
  * packed: 64-byte aligned; weights [outputs][depth], any alignment; result [count][outputs]. */
 void llmcad_times(const float *packed, const uint16_t *weights, float *result, long count, long outputs, long depth,
@@ -94,13 +104,7 @@ void llmcad_times(const float *packed, const uint16_t *weights, float *result, l
     const long panels = (count + PANEL - 1) / PANEL, groups = (outputs + OUTS - 1) / OUTS;
     long group = 0, until = 0;
 
-    for (;; group++) {
-        if (group == until) {
-            group = atomic_fetch_add(next, GRAB);
-            if (group >= groups)
-                return;
-            until = group + GRAB < groups ? group + GRAB : groups;
-        }
+    while (advance(&group, &until, groups, next)) {
         const long out = group * OUTS, outs = outputs - out < OUTS ? outputs - out : OUTS;
         for (long block = 0; block < panels; block += BLOCK) {
             const long held = panels - block < BLOCK ? panels - block : BLOCK;
@@ -141,13 +145,7 @@ void llmcad_row(const float *row, const uint16_t *weights, float *result, long o
     const long whole = depth / STRIDE * STRIDE, groups = (outputs + LINES - 1) / LINES;
     long group = 0, until = 0;
 
-    for (;; group++) {
-        if (group == until) {
-            group = atomic_fetch_add(next, GRAB);
-            if (group >= groups)
-                return;
-            until = group + GRAB < groups ? group + GRAB : groups;
-        }
+    while (advance(&group, &until, groups, next)) {
         const long out = group * LINES, lines = outputs - out < LINES ? outputs - out : LINES;
         const uint16_t *from[LINES];
         vector even[LINES] = {0}, odd[LINES] = {0};
