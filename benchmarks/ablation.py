@@ -20,6 +20,7 @@ from rich.table import Table
 
 from benchmarks.common import Spread, emit, measurement, model_paths, read_prompts
 from llmcad_actors.bundled import demo_draft
+from llmcad_actors.cli import reports_errors
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.sizes import parse_size
 from llmcad_actors.core.stats import Stats
@@ -223,6 +224,7 @@ def chosen(only: str | None) -> list[Setting]:
     return [BY_NAME[name] for name in names]
 
 
+@reports_errors
 def main(
     prompts: Annotated[int, typer.Option(min=1, max=16, help="How many of the prompts to run.")] = 16,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 128,

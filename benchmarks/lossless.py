@@ -18,6 +18,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import BUNDLED, emit, measurement, model_paths, read_prompts
+from llmcad_actors.cli import reports_errors
 from llmcad_actors.engine import Engine
 
 
@@ -49,6 +50,7 @@ def tie(path: Path, prompt: str, ours: Sequence[int], theirs: Sequence[int]) -> 
     return {"prompt": prompt[-40:], "at": at, "gap_in_steps": round(float(pair[0] - pair[1]) / step, 2)}
 
 
+@reports_errors
 def main(
     target: Annotated[str, typer.Option(help="`bundled`, `demo`, or a model directory.")] = BUNDLED,
     draft: Annotated[str | None, typer.Option(help="Draft directory, or `none`; default: the bundled one.")] = None,

@@ -28,9 +28,9 @@ from rich.table import Table
 from benchmarks.cgroups import MemoryCgroup, memory_cgroup
 from benchmarks.common import emit, measurement, model_paths
 from benchmarks.memory_run import NO_DRAFT
+from llmcad_actors.cli import reports_errors
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import format_size, parse_size, smallest_cap
-from llmcad_actors.errors import LlmcadError
 from llmcad_actors.footprint import budget_inputs
 from llmcad_actors.limits import memory_limit
 from llmcad_actors.planning import prepare
@@ -146,6 +146,7 @@ def draw(lines: Sequence[Mapping[str, Any]], title: str, png: Path) -> None:
     figure.savefig(png, dpi=150)
 
 
+@reports_errors
 def main(
     target: Annotated[str, typer.Option(help="Model directory, `demo` or `bundled`.")] = "demo",
     draft: Annotated[str | None, typer.Option(help="Draft directory, `none`; default: the bundled one.")] = None,
@@ -163,14 +164,9 @@ def main(
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the cgroup goes, with what is in it
     model, small = model_paths(target, draft)
     paths = (str(model), NO_DRAFT if draft == NO_DRAFT else str(small))
-    try:
-        small_path = None if paths[1] == NO_DRAFT else paths[1]
-        config = EngineConfig(target=paths[0], draft=small_path, max_context=max_context)
-        sizes = (
-            [parse_size(text, memory_limit().limit_bytes) for text in caps.split(",")] if caps else default_caps(config)
-        )
-    except LlmcadError as error:
-        raise SystemExit(str(error)) from None
+    small_path = None if paths[1] == NO_DRAFT else paths[1]
+    config = EngineConfig(target=paths[0], draft=small_path, max_context=max_context)
+    sizes = [parse_size(text, memory_limit().limit_bytes) for text in caps.split(",")] if caps else default_caps(config)
     lines: list[dict[str, Any]] = []
     reference: list[int] | None = None
     for cap in sizes:

@@ -21,9 +21,11 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.common import Spread, emit, measurement, model_paths
+from llmcad_actors.cli import reports_errors
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import parse_size
 from llmcad_actors.engine import Engine
+from llmcad_actors.errors import ConfigError
 from llmcad_actors.planning import Prepared, prepare
 from llmcad_actors.storage.pieces import Piece, pieces_of
 from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader, TokenBucket, buffer_bytes
@@ -137,6 +139,14 @@ def combinations(**values: str) -> list[dict[str, Any]]:
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*split)]
 
 
+def number(text: str, option: str) -> int:
+    """Raises `ConfigError`."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{option}: {text!r} is not a number; give some, such as 1,2,4") from None
+
+
 def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """What each combination has that another has not."""
     varied = [name for name in settings[0] if len({each[name] for each in settings}) > 1]
@@ -161,6 +171,7 @@ def draw(names: Sequence[str], measured: Sequence[Sequence[Run]], png: Path) -> 
     figure.savefig(png, dpi=150)
 
 
+@reports_errors
 def main(
     target: Annotated[str, typer.Option(help="Model directories, `demo` or `bundled`.")] = "demo",
     memory: Annotated[str, typer.Option(help="Memory caps: they decide what is streamed.")] = "1.5GB",
@@ -183,7 +194,7 @@ def main(
         read_limit=read_limit,
     )
     for settings in chosen:
-        settings["read_threads"] = settings["read_threads"] and int(settings["read_threads"])
+        settings["read_threads"] = settings["read_threads"] and number(settings["read_threads"], "--threads")
         for name in ("chunk_bytes", "piece_bytes"):
             settings[name] = settings[name] and parse_size(settings[name], 0)
     measured = []

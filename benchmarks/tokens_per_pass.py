@@ -11,9 +11,11 @@ from typing import Annotated
 import typer
 
 from benchmarks.common import BUNDLED, Spread, emit, measurement, model_paths, read_prompts
+from llmcad_actors.cli import reports_errors
 from llmcad_actors.engine import Engine
 
 
+@reports_errors
 def main(
     target: Annotated[str, typer.Option(help="`bundled`, `demo`, or a model directory.")] = BUNDLED,
     draft: Annotated[str | None, typer.Option(help="Draft directory; default: the bundled one.")] = None,

@@ -70,7 +70,7 @@ class Streaming:
     def _take(self, prepared: Prepared) -> Any:
         spec = pack(prepared.loader_spec())
         if self._loader is None:
-            self._loader = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=3)(Renewable).remote(spec)
+            self._loader = ray.remote(num_cpus=0, max_restarts=0)(Renewable).remote(spec)
         else:
             fetch(self._loader.renew.remote(spec), TIMEOUT_S, "a new loader")
         return self._loader

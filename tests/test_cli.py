@@ -7,16 +7,20 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
+from typer.testing import CliRunner
 
 from llmcad_actors.bundled import bundled_draft, bundled_target
+from llmcad_actors.cli import takes_job
 from llmcad_actors.core.stats import Stats
+from llmcad_actors.planning import Prepared
 from tests.tiny import byte_tokenizer, tiny_llama
 
 RECORDER = """
@@ -274,6 +278,33 @@ def test_options_win_over_the_configuration_file(llmcad: Llmcad, sound: Path, tm
     assert of_file["memory_cap_bytes"] == 2_000_000_000
     options = ("--target", str(sound), "--config", str(file), "--memory", "3GB", "--json")
     assert json.loads(llmcad("plan", *options).stdout)["memory_cap_bytes"] == 3_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (("--no-sharpen",), {"sharpen": False}),
+        (("--no-provisional",), {"provisional": False}),
+        (("--sharpen", "--provisional"), {"sharpen": True, "provisional": True}),
+        (("--builder", "pacer", "--fallback", "adaptive"), {"builder": "pacer", "fallback": "adaptive"}),
+        (("--alpha", "0.2", "--alpha-update", "average"), {"alpha": 0.2, "alpha_update": "average"}),
+        (("--fallback", "fixed-depth", "--depth", "3"), {"fallback": "fixed-depth", "depth": 3}),
+        (("--fallback", "fixed-tree", "--widths", "1,2"), {"fallback": "fixed-tree", "widths": (1, 2)}),
+        (("--fallback", "token-confidence", "--threshold", "0.7"), {"threshold": 0.7}),
+        (("--max-nodes", "9", "--max-context", "99", "--dtype", "float32"), {"max_nodes": 9, "max_context": 99}),
+        (("--read-limit", "40MB/s", "--memory", "2GB"), {"read_limit": "40MB/s", "memory": "2GB"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_options_are_settings_of_the_engine(
+    sound: Path, options: tuple[str, ...], settings: Mapping[str, object]
+) -> None:
+    jobs: list[Prepared] = []
+    app = typer.Typer()
+    app.command()(takes_job(lambda job: jobs.append(job)))
+    done = CliRunner().invoke(app, ["--target", str(sound), "--draft", str(sound), *options])
+    assert done.exit_code == 0, done.output
+    assert {name: getattr(jobs[0].config, name) for name in settings} == settings
 
 
 def test_json_is_one_object_with_every_figure(llmcad: Llmcad) -> None:

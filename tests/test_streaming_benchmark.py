@@ -1,6 +1,10 @@
 """The streaming benchmark runs what it is told to run, and draws it."""
 
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from benchmarks.streaming import bench, combinations, draw, labels
 from llmcad_actors.bundled import bundled_target
@@ -16,6 +20,21 @@ def test_every_combination_is_run_once() -> None:
     ]
     assert labels(found)[1] == "read_threads 1\nread_limit 400MB/s"
     assert labels(found[:1]) == [""]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--threads", "1,two"], "--threads: 'two' is not a number"), (["--piece", "1XB"], "1XB")],
+)
+def test_a_wrong_option_is_said_in_a_line(arguments: list[str], said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.streaming", "--target", "bundled", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert said in done.stderr and "Traceback" not in done.stderr
 
 
 def test_both_rates_are_measured_and_drawn(tmp_path: Path) -> None:

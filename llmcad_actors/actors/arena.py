@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from llmcad_actors.actors.huge_pages import gather
+from llmcad_actors.actors.huge_pages import in_huge_pages
 from llmcad_actors.storage.direct import BLOCK, AlignedBuffer
 
 GET_TIMEOUT_S = 60.0
@@ -25,10 +25,10 @@ class Arena:
         """Put `nbytes`; putting touches all pages."""
         self.reference = ray.put(np.zeros(nbytes + 2 * BLOCK, np.uint8))
         self._object: np.ndarray = ray.get(self.reference, timeout=GET_TIMEOUT_S)
-        address = self._object.ctypes.data
-        self.offset = -address % BLOCK  # of the buffer in the object
-        gather(address, nbytes, os.getppid())  # the raylet holds the store's file
-        self.buffer = AlignedBuffer.over((ctypes.c_uint8 * nbytes).from_address(address + self.offset), nbytes)
+        self.offset = -self._object.ctypes.data % BLOCK  # of the buffer in the object
+        address = self._object.ctypes.data + self.offset
+        memory = in_huge_pages(address, nbytes, os.getppid())  # the raylet holds the store's file
+        self.buffer = AlignedBuffer.over(memory or (ctypes.c_uint8 * nbytes).from_address(address), nbytes)
 
     def handle(self) -> tuple[list[Any], int]:
         """What another process of this machine needs to `mapped` it."""

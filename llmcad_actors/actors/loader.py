@@ -10,10 +10,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llmcad_actors.actors.arena import Arena
+from llmcad_actors.actors.channel import LEND_TIMEOUT_S, Address, Lease, LeaseServer, Place
 from llmcad_actors.config import LoaderSpec
 from llmcad_actors.core.ring import Ring
 from llmcad_actors.core.trace import Recorder
@@ -26,9 +28,6 @@ from llmcad_actors.storage.pieces import Piece, pieces_of, room_bytes
 from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader, PendingRead, TokenBucket, span_bytes
 
 READ_TIMEOUT_S = 120.0
-
-Place = tuple[str, int, int]
-"""A tensor of a leased shard: name, where it begins in the window, bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +125,8 @@ class Loader:
             self._cycle, self._opening = tuple(cycle), tuple(opening)
             self._state.notify_all()
 
-    def next(self, timeout_s: float) -> tuple[int, str, tuple[Place, ...]]:
-        """Lease the next shard: (lease id, shard name, where its tensors lie in the window). One call at a time."""
+    def next(self, timeout_s: float) -> Lease:
+        """Lease the next shard. One call at a time."""
         with self._state:
             self._num_waiting += 1
             self._state.notify_all()
@@ -167,7 +166,7 @@ class Loader:
     def held_bytes(self) -> int:
         return self._ring.used
 
-    def _take_shard(self, deadline: float, timeout_s: float) -> tuple[int, str, tuple[Place, ...]]:
+    def _take_shard(self, deadline: float, timeout_s: float) -> Lease:
         with self._state:
             self._wait(lambda: bool(self._submitted), timeout_s, "the next shard")
             shard = self._submitted[0]
@@ -271,7 +270,7 @@ class _ClosedError(Exception):
 
 
 class LoaderActor:
-    """The loader behind an actor. `next` may wait while `release` and `progress` are served: a threaded actor."""
+    """The loader behind an actor. It lends its shards past the actor's calls, through a `LeaseServer`."""
 
     def __init__(self, spec: bytes) -> None:
         setup: LoaderSpec = unpack(spec)
@@ -292,10 +291,15 @@ class LoaderActor:
             read_ahead=setup.read_ahead,
             recorder=self._recorder,
         )
+        self._leases = LeaseServer(partial(self._loader.next, LEND_TIMEOUT_S), self._loader.release)
 
     def arena(self) -> tuple[list[Any], int]:
         """The window, to be `mapped`."""
         return self._arena.handle()
+
+    def leases(self) -> Address:
+        """Where a `LeaseClient` asks for shards."""
+        return self._leases.address
 
     def start(self) -> None:
         self._loader.start(self._prelude, self._cycle, self._opening, self._order)
@@ -310,12 +314,6 @@ class LoaderActor:
             [spec for spec in self._order if spec.name in chosen],
             [spec for spec in self._encoder if spec.name in chosen],
         )
-
-    def next(self, timeout_s: float) -> tuple[int, str, tuple[Place, ...]]:
-        return self._loader.next(timeout_s)
-
-    def release(self, lease: int) -> None:
-        self._loader.release(lease)
 
     def progress(self) -> bytes:
         return pack(self._loader.progress())

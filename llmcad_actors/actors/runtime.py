@@ -195,7 +195,7 @@ def start_actors(
 
     `say` is told what is being waited for.
     """
-    load = _remote(LoaderActor, max_concurrency=3).remote(pack(loader))  # next waits while release is served
+    load = _remote(LoaderActor).remote(pack(loader))
     verify = _remote(VerifierActor).remote(pack(verifier), load)
     drafting = _remote(DraftActor).remote(pack(draft)) if draft is not None else None
     coordinate = _remote(Coordinator).remote(verify, drafting, pack(policy), pack(costs))
@@ -208,8 +208,8 @@ def start_actors(
     return actors
 
 
-def _remote(kind: type, **options: Any) -> Any:
-    return ray.remote(num_cpus=0, max_restarts=0, **options)(kind)
+def _remote(kind: type) -> Any:
+    return ray.remote(num_cpus=0, max_restarts=0)(kind)
 
 
 def _await_ready(actors: Actors, say: Callable[[str], None]) -> None:

@@ -8,13 +8,13 @@ import numpy as np
 
 from llmcad_actors.actors.arena import mapped
 from llmcad_actors.actors.calls import fetch
-from llmcad_actors.actors.loader import Place
+from llmcad_actors.actors.channel import LEND_TIMEOUT_S, LeaseClient, Place
 from llmcad_actors.errors import ActorFailure
 from llmcad_actors.storage.direct import BLOCK
 from llmcad_actors.storage.layout import ShardSpec
 from llmcad_actors.storage.reader import AlignedBuffer
 
-SHARD_TIMEOUT_S = 120.0
+LOADER_TIMEOUT_S = 120.0  # of its own calls
 ALIGNMENT = 64
 
 
@@ -42,8 +42,9 @@ class LeasedShards:
         self._loader = loader
         self._names = tuple(names)
         self._encoder = tuple(encoder)
-        self._window = mapped(fetch(loader.arena.remote(), SHARD_TIMEOUT_S, "the window"))
-        self._ahead: Any = None
+        self._window = mapped(fetch(loader.arena.remote(), LOADER_TIMEOUT_S, "the window"))
+        self._leases = LeaseClient(fetch(loader.leases.remote(), LOADER_TIMEOUT_S, "the loader's address"))
+        self._has_asked = False  # for the next shard
         self._pinned: dict[str, PinnedShard] = {}
         self._keepable: tuple[str, ...] = ()  # what was pinned at first; the large ones are kept longest
         self._wanted: frozenset[str] = frozenset()  # to be pinned again when they come by
@@ -78,7 +79,7 @@ class LeasedShards:
             yield self._pinned[name].arrays
             return
         if name == self._opening():
-            fetch(self._loader.open.remote(), SHARD_TIMEOUT_S, "the loader")
+            fetch(self._loader.open.remote(), LOADER_TIMEOUT_S, "the loader")
         with self._next(name, ask_ahead=self._has_more_behind(name)) as arrays:
             if name in self._wanted:
                 self._pin_again(name, arrays)
@@ -104,27 +105,30 @@ class LeasedShards:
 
     def _stream(self) -> None:
         """Tell the loader which shards are not pinned."""
-        fetch(self._loader.stream.remote(self._streamed()), SHARD_TIMEOUT_S, "the loader's new order")
+        fetch(self._loader.stream.remote(self._streamed()), LOADER_TIMEOUT_S, "the loader's new order")
 
     @contextmanager
     def _next(self, name: str, *, ask_ahead: bool) -> Iterator[dict[str, np.ndarray]]:
         lease, places = self._take(name)
         try:
             if ask_ahead:
-                self._ahead = self._ask()
+                self._ask()
             yield {tensor: self._window[start : start + nbytes] for tensor, start, nbytes in places}
         finally:  # from now on the loader writes over it
-            self._loader.release.remote(lease)
+            self._leases.release(lease)
 
     def _take(self, name: str) -> tuple[int, tuple[Place, ...]]:
         """The lease of shard `name`: the loader's next, or one soon after, when a pass broke off or pins changed."""
         for _ in range(len(self._names) + len(self._window) // BLOCK):  # at most a circle, behind a full window
-            request, self._ahead = self._ahead or self._ask(), None
-            lease, found, places = fetch(request, SHARD_TIMEOUT_S + 10, f"shard {name}")
+            if not self._has_asked:
+                self._ask()
+            self._has_asked = False
+            lease, found, places = self._leases.take(LEND_TIMEOUT_S + 10, f"shard {name}")
             if found == name:
                 return lease, places
-            self._loader.release.remote(lease)
+            self._leases.release(lease)
         raise ActorFailure(f"the loader does not read shard {name}")
 
-    def _ask(self) -> Any:
-        return self._loader.next.remote(SHARD_TIMEOUT_S)
+    def _ask(self) -> None:
+        self._leases.ask()
+        self._has_asked = True

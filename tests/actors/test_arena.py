@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,20 @@ class Writer:
         self.arena.buffer.view(0, SIZE)[:] = value
         return int(self.arena.buffer.view(0, 1).ctypes.data % BLOCK)
 
-    def gather_again(self) -> tuple[int, int]:
-        """Bytes gathered around what is certainly mapped, and where nothing is."""
+    def is_in_huge_pages(self) -> bool:
+        """Whether the buffer lies as its file does: the store's own mapping does not."""
         address = self.arena.buffer.view(0, 1).ctypes.data
-        return huge_pages.gather(address, SIZE, os.getppid()), huge_pages.gather(4096, SIZE, os.getppid())
+        start, offset, _ = huge_pages._mapping(address)
+        return (start - offset) % huge_pages.HUGE == 0
+
+    def again(self, address: int | None) -> bytes | None:
+        """What stands at the beginning of the buffer mapped once more (or of another address), and the map's end."""
+        address = address or self.arena.buffer.view(0, 1).ctypes.data
+        memory = huge_pages.in_huge_pages(address, SIZE, os.getppid())
+        return None if memory is None else bytes(memory[:1] + memory[-1:])
+
+    def num_mappings(self) -> int:
+        return len(Path("/proc/self/maps").read_text().splitlines())
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +59,17 @@ def test_what_one_process_writes_another_sees(writer: Any) -> None:
     assert not seen.flags.writeable
 
 
-def test_gathering_pages_changes_no_byte(writer: Any) -> None:
+def test_the_disk_writes_where_memory_and_file_are_aligned_alike(writer: Any) -> None:
     seen = mapped(ray.get(writer.handle.remote(), timeout=TIMEOUT_S))
+    assert ray.get(writer.is_in_huge_pages.remote(), timeout=TIMEOUT_S)
     ray.get(writer.fill.remote(3), timeout=TIMEOUT_S)
-    gathered, nowhere = ray.get(writer.gather_again.remote(), timeout=TIMEOUT_S)
-    assert gathered % huge_pages.HUGE == 0 and gathered <= SIZE and nowhere == 0
     assert np.all(seen[:SIZE] == 3)
+
+
+def test_mapping_once_more_ends_with_its_use_and_is_a_wish(writer: Any) -> None:
+    ray.get(writer.fill.remote(5), timeout=TIMEOUT_S)
+    before = ray.get(writer.num_mappings.remote(), timeout=TIMEOUT_S)
+    for _ in range(20):
+        assert ray.get(writer.again.remote(None), timeout=TIMEOUT_S) == bytes([5, 5])
+    assert ray.get(writer.num_mappings.remote(), timeout=TIMEOUT_S) < before + 20
+    assert ray.get(writer.again.remote(4096), timeout=TIMEOUT_S) is None  # nothing is mapped there
