@@ -31,7 +31,7 @@ from llmcad_actors.storage.pieces import Piece, pieces_of
 from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader, TokenBucket, buffer_bytes
 
 PROMPT = "def read_lines(path):\n    "
-NUM_BUFFERS = 4  # the bare reader never waits for one
+NUM_BUFFERS = 12  # several for each thread: the bare reader never waits for one
 READ_TIMEOUT_S = 600.0
 NONE = "none"
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from llmcad_actors.bundled import cache_folder
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,28 +45,44 @@ class DiskFigures:
 
 @dataclass(frozen=True, slots=True)
 class ComputeFigures:
-    """Products of [rows, columns] with a layer-sized matrix that no cache holds, and copies in memory."""
+    """Products of [rows, columns] with a layer-sized matrix that no cache holds, whole layers, and copies in memory.
+
+    Rates are in FLOP per second, by dtype ("bfloat16", "float32") and rows.
+    """
 
     threads: int
     matrix: tuple[int, int]
-    matmul_flops: Mapping[str, Mapping[int, float]]  # by dtype ("bfloat16", "float32") and rows: FLOP per second
+    matmul_flops: Mapping[str, Mapping[int, float]]
     copy_bytes_per_s: float
+    layer_flops: Mapping[str, Mapping[int, float]]  # of a layer's products, in the time that the whole layer takes
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Self:
-        flops = {dtype: {int(rows): rate for rows, rate in by.items()} for dtype, by in data["matmul_flops"].items()}
         rows, columns = data["matrix"]
-        return cls(data["threads"], (rows, columns), flops, data["copy_bytes_per_s"])
+        products, layers = _by_rows(data["matmul_flops"]), _by_rows(data["layer_flops"])
+        return cls(data["threads"], (rows, columns), products, data["copy_bytes_per_s"], layers)
 
-    def seconds(self, rows: int, dtype: str, parameters: int | None = None) -> float:
-        """Time of multiplying `rows` rows with `parameters` numbers (default: one layer-sized matrix).
+    def product_seconds(self, rows: int, dtype: str) -> float:
+        """Time of multiplying so many rows with the matrix."""
+        return self.matrix[0] * self.matrix[1] * _seconds_per_number(self.matmul_flops[dtype], rows)
+
+    def pass_seconds(self, rows: int, dtype: str, parameters: int) -> float:
+        """Time of a pass over so many rows through layers of so many `parameters` in all.
 
         Between measured row counts the time is taken as linear, beyond them the rate as constant. Raises `KeyError`
         for a dtype that was not measured.
         """
-        size = self.matrix[0] * self.matrix[1] if parameters is None else parameters
-        known = sorted((n, 2 * n / rate) for n, rate in self.matmul_flops[dtype].items())
-        return size * _interpolated(known, rows)
+        return parameters * _seconds_per_number(self.layer_flops[dtype], rows)
+
+
+def _by_rows(rates: Mapping[str, Mapping[str, float]]) -> dict[str, dict[int, float]]:
+    """JSON's keys are text."""
+    return {dtype: {int(rows): rate for rows, rate in by.items()} for dtype, by in rates.items()}
+
+
+def _seconds_per_number(flops: Mapping[int, float], rows: int) -> float:
+    """Of a weight matrix, at a known rate for some row counts."""
+    return _interpolated(sorted((n, 2 * n / rate) for n, rate in flops.items()), rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,18 +45,23 @@ def disk_table(figures: DiskFigures) -> Table:
 
 
 def compute_table(figures: ComputeFigures) -> Table:
-    """Rates, and the time of one layer-sized matrix."""
+    """Rates, the time of one layer-sized matrix, and the rate within a whole layer."""
     rows, columns = figures.matrix
     table = Table(title=f"products with a matrix of {rows} x {columns}, {figures.threads} threads")
     table.add_column("rows", justify="right")
     for dtype in figures.matmul_flops:
         table.add_column(f"{dtype}, GFLOP/s", justify="right")
         table.add_column("ms", justify="right")
+        table.add_column("in layers, GFLOP/s", justify="right")
     for count in sorted(next(iter(figures.matmul_flops.values()))):
         cells = [
             text
             for dtype, rates in figures.matmul_flops.items()
-            for text in (f"{rates[count] / 1e9:.0f}", f"{figures.seconds(count, dtype) * 1e3:.1f}")
+            for text in (
+                f"{rates[count] / 1e9:.0f}",
+                f"{figures.product_seconds(count, dtype) * 1e3:.1f}",
+                f"{figures.layer_flops[dtype][count] / 1e9:.0f}",
+            )
         ]
         table.add_row(str(count), *cells)
     return table

@@ -12,8 +12,11 @@ DISK_BYTES_PER_S = 2.0e9
 MATMUL_FLOPS = 4.0e11
 """What a recent solid-state disk and two cores with bfloat16 instructions do."""
 
-NOT_HIDDEN = 0.5
-"""Part of the smaller of reading and computing that adds to the larger: they compete for memory and cores."""
+NOT_HIDDEN_ONE_ROW, NOT_HIDDEN = 0.5, 0.7
+"""Part of the smaller of reading and computing that adds to the larger: they compete for memory and cores.
+
+A single row is bound by memory, and leaves a core to the loader.
+"""
 
 TOKENS_PER_DOUBLING = 0.85
 """What every doubling of a tree brings, cautiously: a pair and its texts decide. The bundled pair brings more."""
@@ -33,7 +36,9 @@ class PassForecast:
     @property
     def seconds(self) -> float:
         smaller, larger = sorted((self.read_s, self.compute_s))
-        return larger + (NOT_HIDDEN if self.overlaps else 1.0) * smaller
+        if not self.overlaps:
+            return larger + smaller
+        return larger + (NOT_HIDDEN_ONE_ROW if self.rows == 1 else NOT_HIDDEN) * smaller
 
     @property
     def tokens_per_second(self) -> float:
@@ -83,5 +88,5 @@ class Forecaster:
         if self.figures is None:
             compute_s = 2 * rows * self.parameters / MATMUL_FLOPS
         else:
-            compute_s = self.figures.seconds(rows, self.dtype, self.parameters)
+            compute_s = self.figures.pass_seconds(rows, self.dtype, self.parameters)
         return PassForecast(rows, self.read_s, compute_s, tokens, self.figures is not None, self.overlaps)

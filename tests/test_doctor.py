@@ -39,7 +39,9 @@ from tests.actors.engines import job
 from tests.tiny import tiny_llama
 
 DISK = DiskFigures(2e9, 2, 4 * MIB, True, (DiskRate(1, MIB, 1e9), DiskRate(2, 4 * MIB, 2.1e9)))
-COMPUTE = ComputeFigures(2, (100, 50), {"bfloat16": {1: 1e9, 16: 8e9, 64: 16e9}, "float32": {1: 5e8}}, 1e10)
+FLOPS = {"bfloat16": {1: 1e9, 16: 8e9, 64: 16e9}, "float32": {1: 5e8}}
+LAYER_FLOPS = {"bfloat16": {1: 5e8, 16: 4e9, 64: 8e9}, "float32": {1: 2e8}}
+COMPUTE = ComputeFigures(2, (100, 50), FLOPS, 1e10, LAYER_FLOPS)
 BRIEF = Effort(file_bytes=64 * MIB, rounds=2, sustained_s=0.0)
 
 
@@ -84,13 +86,14 @@ def test_a_damaged_file_of_figures_is_measured_again(cache: Path, tmp_path: Path
 
 
 def test_times_between_measured_rows_are_on_a_line() -> None:
-    for rows, rate in COMPUTE.matmul_flops["bfloat16"].items():
-        assert COMPUTE.seconds(rows, "bfloat16") == pytest.approx(2 * rows * 100 * 50 / rate)
-    times = [COMPUTE.seconds(rows, "bfloat16", parameters=10**6) for rows in range(1, 200)]
+    for rows, rate in FLOPS["bfloat16"].items():
+        assert COMPUTE.product_seconds(rows, "bfloat16") == pytest.approx(2 * rows * 100 * 50 / rate)
+        assert COMPUTE.pass_seconds(rows, "bfloat16", 5000) == pytest.approx(2 * rows * 5000 / (rate / 2))  # of layers
+    times = [COMPUTE.pass_seconds(rows, "bfloat16", 10**6) for rows in range(1, 200)]
     assert times == sorted(times)
     assert times[39] == pytest.approx((times[15] + times[63]) / 2)  # 40 rows lie midway between 16 and 64
     assert times[127] == pytest.approx(2 * times[63])
-    assert COMPUTE.seconds(8, "float32") == pytest.approx(8 * COMPUTE.seconds(1, "float32"))
+    assert COMPUTE.pass_seconds(8, "float32", 7) == pytest.approx(8 * COMPUTE.pass_seconds(1, "float32", 7))
 
 
 def test_the_disk_is_read_in_every_setting(tmp_path: Path) -> None:
@@ -156,10 +159,12 @@ def test_fewer_threads_win_when_they_are_nearly_as_fast() -> None:
     assert best_of([*rates, DiskRate(4, 4 * MIB, 200.0)]).bytes_per_s == 200.0
 
 
-def test_every_product_is_measured() -> None:
-    figures = measure_compute(rows=(1, 5), matrix=(96, 32), seconds=0.0)
-    assert figures.matmul_flops.keys() == set(DTYPES)
-    assert all(set(rates) == {1, 5} and min(rates.values()) > 0 for rates in figures.matmul_flops.values())
+def test_every_product_and_layer_is_measured() -> None:
+    layer = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    figures = measure_compute(rows=(1, 5), matrix=(96, 32), layer=layer, seconds=0.0)
+    for flops in (figures.matmul_flops, figures.layer_flops):
+        assert flops.keys() == set(DTYPES)
+        assert all(set(rates) == {1, 5} and min(rates.values()) > 0 for rates in flops.values())
     assert figures.copy_bytes_per_s > 0
     assert ComputeFigures.of(json.loads(json.dumps({**vars_of(figures)}))) == figures
 

@@ -8,11 +8,12 @@ import pytest
 from llmcad_actors.bundled import bundled_draft, bundled_target
 from llmcad_actors.core.rows import ROW_SIZES
 from llmcad_actors.doctor_figures import ComputeFigures, DiskFigures, keep
-from llmcad_actors.forecast import DISK_BYTES_PER_S, MATMUL_FLOPS, NOT_HIDDEN, Forecaster
+from llmcad_actors.forecast import DISK_BYTES_PER_S, MATMUL_FLOPS, NOT_HIDDEN, NOT_HIDDEN_ONE_ROW, Forecaster
 from tests.actors.engines import job
 from tests.tiny import tiny_llama
 
 FLOPS = {"bfloat16": {1: 2.0e9, 16: 8.0e9, 64: 16.0e9}, "float32": {1: 1.0e9, 64: 1.0e9}}
+TWICE = {dtype: {rows: 2 * rate for rows, rate in rates.items()} for dtype, rates in FLOPS.items()}  # products alone
 MILLION = 10**6
 
 
@@ -20,7 +21,7 @@ MILLION = 10**6
 def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A model's folder on a disk of 100 MB/s, on cores with `FLOPS`."""
     monkeypatch.setenv("LLMCAD_CACHE", str(tmp_path / "cache"))
-    keep(tmp_path, DiskFigures(100e6, 2, 1 << 20, True), ComputeFigures(2, (64, 64), FLOPS, 1e9))
+    keep(tmp_path, DiskFigures(100e6, 2, 1 << 20, True), ComputeFigures(2, (64, 64), TWICE, 1e9, FLOPS))
     return tmp_path
 
 
@@ -33,7 +34,9 @@ def test_a_plain_pass_reads_and_computes_one_row(measured: Path) -> None:
     assert (predicted.rows, predicted.tokens, predicted.is_measured) == (1, 1.0, True)
     assert predicted.read_s == pytest.approx(3.0)
     assert predicted.compute_s == pytest.approx(0.1)
-    assert predicted.seconds == pytest.approx(3.0 + 0.1 * NOT_HIDDEN)
+    assert predicted.seconds == pytest.approx(3.0 + 0.1 * NOT_HIDDEN_ONE_ROW)
+    tree = forecaster(measured, 300 * MILLION).of_rows(16)
+    assert tree.seconds == pytest.approx(3.0 + tree.compute_s * NOT_HIDDEN)
     assert predicted.tokens_per_second == pytest.approx(1 / predicted.seconds)
 
 
@@ -76,7 +79,7 @@ def test_under_a_cap_for_one_shard_reading_and_computing_add_up(tmp_path: Path) 
     for overlaps in (True, False):
         prepared = replace(roomy, memory=replace(roomy.memory, overlaps=overlaps))
         predicted = prepared.predicted_pass()
-        hidden = (1 - NOT_HIDDEN) * min(predicted.read_s, predicted.compute_s)
+        hidden = (1 - NOT_HIDDEN_ONE_ROW) * min(predicted.read_s, predicted.compute_s)
         expected = predicted.read_s + predicted.compute_s - (hidden if overlaps else 0.0)
         assert predicted.seconds == pytest.approx(expected)
         assert prepared.costs().overlaps == prepared.loader_spec().read_ahead == overlaps
