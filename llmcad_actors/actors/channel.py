@@ -1,7 +1,7 @@
 """How shards are asked for, lent and given back: a local socket between the verifier and the loader.
 
 Weights lie in the window, in the object store. What is said about them is small and frequent, and an actor call costs
-both processes more than a millisecond of their cores: a socket's message, some hundredths of one.
+both processes milliseconds of their cores; a message on a socket, next to nothing.
 """
 
 import queue
