@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcad_actors.actors.loader import Loader, Place
+from llmcad_actors.actors.channel import Place
+from llmcad_actors.actors.loader import Loader
 from llmcad_actors.errors import DeadlineError, OverBudgetError, StorageError
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import Layout, ShardSpec, layout_of
