@@ -14,6 +14,7 @@ from llmcad_actors.actors.arena import Arena, mapped
 from llmcad_actors.storage.direct import BLOCK
 
 SIZE = 8 << 20
+STORE = (100 << 20) + 12288  # a store of whole huge pages may be aligned by itself
 TIMEOUT_S = 60
 
 
@@ -46,7 +47,7 @@ class Writer:
 
 @pytest.fixture(scope="module")
 def writer() -> Iterator[Any]:
-    ray.init(address="local", num_cpus=1, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=1, object_store_memory=STORE, include_dashboard=False, log_to_driver=False)
     yield ray.remote(Writer).remote()
     ray.shutdown()
 

@@ -1,5 +1,6 @@
 """Leases over a socket: asked for, answered in order, given back; and what is heard when the other side fails."""
 
+import ast
 import subprocess
 import sys
 import threading
@@ -96,7 +97,7 @@ def test_a_shard_that_does_not_come_has_a_deadline() -> None:
 def test_a_loader_that_dies_is_noticed_at_once() -> None:
     with subprocess.Popen([sys.executable, "-c", ALONE], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        client = LeaseClient(eval(process.stdout.readline()))
+        client = LeaseClient(ast.literal_eval(process.stdout.readline()))
         client.ask()
         assert client.take(TIMEOUT_S, "a shard")[0] == 7
         process.kill()
