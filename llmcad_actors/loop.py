@@ -52,11 +52,12 @@ async def decode(
     if drafter is not None:
         await drafter.begin(request.prompt)
     while True:
-        known = costs.costs(pending_rows=len(request.prompt) - 1 - held if verdict is None else 0)
+        pending = len(request.prompt) - 1 - held if verdict is None else 0
+        known = costs.costs(pending_rows=pending, drafts_ahead=request.provisional and not patience.is_over)
         grown = NO_TREE if drafter is None else await drafter.grow(verdict, policy, known)
         emit(Provisional(most_probable_path(grown.tree)))
         was_ahead = ahead.steps > 0
-        may_help = request.provisional and not patience.is_over and has_room(known, len(grown.tree))
+        may_help = has_room(known, len(grown.tree))
         last_s = math.inf if verdict is None else verdict.stats.seconds
         allowed = allowance(float(known.pass_seconds(len(grown.tree))), known.draft_step_s, last_s)
         verdict, ahead = await verify_while_growing(grown.tree, verifier, drafter if may_help else None, allowed, clock)

@@ -122,6 +122,13 @@ def test_the_rows_of_a_prompt_count_in_its_first_pass_only() -> None:
     assert [costs.pending_rows for costs in drafter.told[:3]] == [len(PROMPT) + 3 - 1 - 2, 0, 0]
 
 
+@pytest.mark.parametrize("provisional", [False, True])
+def test_the_policy_is_told_whether_the_draft_goes_on_during_the_pass(provisional: bool) -> None:
+    drafter = CountingDrafter(half_right(target(2)))
+    run(Request(PROMPT, 20, (), provisional=provisional), FunctionVerifier(target(2)), drafter)
+    assert {costs.drafts_ahead for costs in drafter.told} == {provisional}
+
+
 @pytest.mark.parametrize("kind", DRAFTS)
 @pytest.mark.parametrize("provisional", [False, True])
 def test_statistics_count_what_happened(kind: str, provisional: bool) -> None:

@@ -33,6 +33,7 @@ class Costs:
     drafted_s: float = 0.0  # drafting in this round so far
     pending_rows: int = 0  # committed tokens that the pass computes besides the root: of a prompt
     overlaps: bool = True  # a shard is read while another computes
+    drafts_ahead: bool = False  # the draft may go on during the pass, for the next tree
 
     def pass_seconds(self, num_nodes: npt.ArrayLike) -> np.ndarray:
         """T(n): a pass whose reading begins with it; one per entry of `num_nodes`."""
@@ -139,7 +140,7 @@ class CostModel:
         took = times.seconds + hidden if times.stall_s > 0.05 * times.seconds else times.seconds
         return model.observe_pass(times.rows, took, min(self.read_s, took), times.compute_s)
 
-    def costs(self, drafted_s: float = 0.0, pending_rows: int = 0) -> Costs:
+    def costs(self, drafted_s: float = 0.0, pending_rows: int = 0, *, drafts_ahead: bool = False) -> Costs:
         slope = self._seconds_per_row()
         return Costs(
             draft_step_s=self.draft_step_s,
@@ -150,6 +151,7 @@ class CostModel:
             drafted_s=drafted_s,
             pending_rows=pending_rows,
             overlaps=self.overlaps,
+            drafts_ahead=drafts_ahead,
         )
 
     def _seconds_per_row(self) -> float:

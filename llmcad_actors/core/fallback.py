@@ -13,11 +13,13 @@ from llmcad_actors.core.calibration import Calibration
 from llmcad_actors.core.costs import Costs
 from llmcad_actors.core.fixed_expansion import SPECINFER_WIDTHS
 from llmcad_actors.core.growth import Growth
+from llmcad_actors.core.provisional import has_room
 from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import ROOT, TokenTree, is_below
 
 _LEAST_CONFIDENCE = 1e-9
 _ALPHA_RANGE = (1e-9, 0.999)
+_OWN_SHARE = 2 / 3  # of a step's gain, that drafting ahead does not make up for
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,9 @@ class MarginalThroughput:
     gain of g takes at least g / best_frontier of them.
 
     What a prompt costs its first pass is spent anyway. There A / R is the rate of a round without it.
+
+    Where the draft goes on during the pass, it begins with the nodes that the step would have run, and the next tree
+    has them for nothing. So a part of g comes anyway, one round later, and only the rest counts.
     """
 
     calibration: Calibration = field(default_factory=Calibration)
@@ -163,7 +168,8 @@ class MarginalThroughput:
         rate = tokens / costs.without_prompt().round_seconds(count)
         nodes = count + growth.next_gain / max(growth.best_frontier, _LEAST_CONFIDENCE)
         longer = costs.round_seconds(nodes, costs.draft_step_s) - costs.round_seconds(count)
-        return bool(self._gain(growth) <= rate * longer)
+        share = _OWN_SHARE if has_room(costs, count) else 1.0
+        return bool(share * self._gain(growth) <= rate * longer)
 
     def choose_nodes(self, cumulative: np.ndarray, costs: Costs) -> int:
         """Nodes that only fill up a pass's rows cost nothing."""

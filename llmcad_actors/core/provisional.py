@@ -39,6 +39,8 @@ def allowance(pass_s: float, draft_step_s: float, last_pass_s: float = math.inf)
 
 def has_room(costs: Costs, num_nodes: int) -> bool:
     """Whether a pass over so many nodes leaves time on the cores, as it waits for the disk, or the draft is dear."""
+    if not costs.drafts_ahead:
+        return False
     is_dear = costs.draft_step_s >= DEAR_STEP_SHARE * float(costs.pass_seconds(num_nodes))
     return is_dear or costs.waits_for_disk(num_nodes) >= LEAST_WAIT_SHARE
 

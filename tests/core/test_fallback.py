@@ -122,6 +122,20 @@ def test_drafting_goes_on_while_it_buys_tokens_cheaper_than_the_round_does() -> 
     assert MarginalThroughput().should_verify(GROWTH, replace(COSTS, draft_step_s=0.11))
 
 
+def test_a_step_that_drafting_ahead_would_make_anyway_counts_for_less() -> None:
+    # of its 0.2 tokens two thirds count: it pays as long as 0.133 / c > 1.9, c < 0.070
+    ahead = replace(COSTS, drafts_ahead=True)
+    assert not MarginalThroughput().should_verify(GROWTH, replace(ahead, draft_step_s=0.065))
+    assert MarginalThroughput().should_verify(GROWTH, replace(ahead, draft_step_s=0.075))
+    assert not MarginalThroughput().should_verify(GROWTH, replace(COSTS, draft_step_s=0.075))
+
+
+def test_beside_a_pass_that_leaves_no_room_to_draft_ahead_a_step_counts_whole() -> None:
+    # 0.2 tokens in 0.01 s and 0.67 nodes of 0.14 s, 1.9 a second; the round has 1.9 in 1.28 s
+    computing = replace(COSTS, pass_read_s=0.0, pass_base_s=1.0, pass_node_s=0.14, drafts_ahead=True)
+    assert not MarginalThroughput().should_verify(GROWTH, computing)
+
+
 def test_a_step_hidden_behind_reading_pays_if_it_gains_anything() -> None:
     slow = replace(COSTS, draft_step_s=0.5)
     assert MarginalThroughput().should_verify(GROWTH, slow)

@@ -31,7 +31,11 @@ def test_a_draft_that_is_in_time_never_pauses(pass_s: float, share: float) -> No
 
 
 def costs(draft_step_s: float, read_s: float, **more: Any) -> Costs:
-    return Costs(draft_step_s, pass_read_s=read_s, pass_base_s=0.6, pass_node_s=0.02, **more)
+    return Costs(draft_step_s, pass_read_s=read_s, pass_base_s=0.6, pass_node_s=0.02, **{"drafts_ahead": True, **more})
+
+
+def test_there_is_no_room_for_what_was_not_asked_for() -> None:
+    assert not has_room(costs(0.1, read_s=6.0, drafts_ahead=False), 20)
 
 
 def test_there_is_room_beside_a_pass_that_waits_for_the_disk() -> None:
