@@ -36,6 +36,7 @@ class LeaseServer:
         self._lend = lend
         self._release = release
         self._asked = queue.SimpleQueue[bool]()
+        self._sending = threading.Lock()
         self.address: Address = f"\0llmcad-{secrets.token_hex()}", secrets.token_bytes()
         self._listener = Listener(self.address[0], family="AF_UNIX", authkey=self.address[1])
         threading.Thread(target=self._serve, daemon=True).start()
@@ -52,7 +53,12 @@ class LeaseServer:
                 else:
                     self._release(message)
         except (EOFError, OSError):
+            pass
+        except Exception as error:  # a thread's outermost method: whoever waits must hear of it
+            self._send(connection, RuntimeFailure(f"the loader broke: {error!r}"))
+        finally:
             self._asked.put(False)
+            connection.close()
 
     def _first(self) -> Connection:
         """Whoever first comes with the key."""
@@ -70,10 +76,11 @@ class LeaseServer:
                 answer = error
             except Exception as error:  # a thread's outermost method: whoever waits must hear of it
                 answer = RuntimeFailure(f"the loader broke: {error!r}")
-            try:
-                connection.send(answer)
-            except OSError:  # nobody hears it
-                return
+            self._send(connection, answer)
+
+    def _send(self, connection: Connection, answer: Lease | LlmcadError) -> None:
+        with self._sending, suppress(OSError):  # nobody hears it
+            connection.send(answer)
 
 
 class LeaseClient:

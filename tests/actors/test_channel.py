@@ -108,6 +108,19 @@ def test_a_loader_that_dies_is_noticed_at_once() -> None:
         client.ask()
 
 
+def test_a_lease_that_cannot_be_ended_is_noticed_at_once() -> None:
+    lender = Lender()
+    lender.may.clear()
+    client = LeaseClient(LeaseServer(lender.lend, lambda lease: lender.released.remove(lease)).address)
+    client.ask()
+    client.release(1)
+    with pytest.raises(RuntimeFailure, match="the loader broke: ValueError"):
+        client.take(TIMEOUT_S, "layer 3")
+    with pytest.raises(ActorFailure, match="the loader died"):
+        client.take(TIMEOUT_S, "layer 3")
+    lender.may.set()
+
+
 def test_only_one_is_served() -> None:
     lender = Lender()
     name, key = lender.server.address
