@@ -24,9 +24,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict
 
-# Three processes, as tests wait for the processes they start; in the files' order, which has the long ones first.
+# Four processes on two cores, as tests wait for the processes they start; in the files' order, which has the long ones first.
 test: lint
-	$(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
