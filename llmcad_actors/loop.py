@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import Policy, outcome_of
-from llmcad_actors.core.provisional import Allowance, Patience, allowance, has_room
+from llmcad_actors.core.provisional import Allowance, Patience, allowance, is_worth_it
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.messages import Event, Finished, Grown, Provisional, Request, Submission, Tokens, Verdict
@@ -57,7 +57,7 @@ async def decode(
         grown = NO_TREE if drafter is None else await drafter.grow(verdict, policy, known)
         emit(Provisional(most_probable_path(grown.tree)))
         was_ahead = ahead.steps > 0
-        may_help = has_room(known, len(grown.tree))
+        may_help = is_worth_it(known, len(grown.tree))
         last_s = math.inf if verdict is None else verdict.stats.seconds
         allowed = allowance(float(known.pass_seconds(len(grown.tree))), known.draft_step_s, last_s)
         verdict, ahead = await verify_while_growing(grown.tree, verifier, drafter if may_help else None, allowed, clock)

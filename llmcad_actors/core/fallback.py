@@ -13,7 +13,7 @@ from llmcad_actors.core.calibration import Calibration
 from llmcad_actors.core.costs import Costs
 from llmcad_actors.core.fixed_expansion import SPECINFER_WIDTHS
 from llmcad_actors.core.growth import Growth
-from llmcad_actors.core.provisional import has_room
+from llmcad_actors.core.provisional import is_worth_it
 from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import ROOT, TokenTree, is_below
 
@@ -168,7 +168,7 @@ class MarginalThroughput:
         rate = tokens / costs.without_prompt().round_seconds(count)
         nodes = count + growth.next_gain / max(growth.best_frontier, _LEAST_CONFIDENCE)
         longer = costs.round_seconds(nodes, costs.draft_step_s) - costs.round_seconds(count)
-        share = _OWN_SHARE if has_room(costs, count) else 1.0
+        share = _OWN_SHARE if is_worth_it(costs, count) else 1.0
         return bool(share * self._gain(growth) <= rate * longer)
 
     def choose_nodes(self, cumulative: np.ndarray, costs: Costs) -> int:

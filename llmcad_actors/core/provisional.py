@@ -1,8 +1,9 @@
 """Whether drafting ahead is worth it, and how far: it must cost the pass next to nothing, or save much.
 
-Drafting during a pass takes only what the others leave of the cores. Two cases leave nothing. A pass that is bound by
-computing, not by reading, needs all cores itself: what drafting ahead saves of a cheap draft is less than what it takes
-away. And on a machine that other programs keep busy, a draft step that was begun may outlast the pass by far.
+While the loader fills its window, drafting between passes is hidden behind reading, and drafting ahead saves nothing.
+Else, drafting during a pass takes only what the others leave of the cores. Two cases leave nothing. A pass that is
+bound by computing, not by reading, needs all cores itself: what drafting ahead saves of a cheap draft is less than what
+it takes away. And on a machine that other programs keep busy, a draft step that was begun may outlast the pass by far.
 """
 
 import math
@@ -14,6 +15,7 @@ from llmcad_actors.core.costs import Costs
 TOLERATED_SHARE = 0.1  # of a pass, that the verdict may wait for a draft step to end
 LEAST_WAIT_SHARE = 0.2  # of a pass, that it waits for the disk: less is a pass bound by computing
 DEAR_STEP_SHARE = 0.02  # of a pass, that a draft step takes: such a draft is worth some slowness
+NEARLY_ALL = 0.9  # of drafting, that is hidden: to save the rest by drafting ahead is not worth it
 LONGEST_PAUSE = 32  # passes
 WORK_SHARE = 0.05  # of a pass, that drafting ahead works
 LEAST_STEPS = 20  # ahead, however dear: a draft whose step is a twentieth of a pass works through it
@@ -37,9 +39,15 @@ def allowance(pass_s: float, draft_step_s: float, last_pass_s: float = math.inf)
     return Allowance(steps, last_pass_s)
 
 
-def has_room(costs: Costs, num_nodes: int) -> bool:
-    """Whether a pass over so many nodes leaves time on the cores, as it waits for the disk, or the draft is dear."""
-    if not costs.drafts_ahead:
+def is_worth_it(costs: Costs, num_nodes: int) -> bool:
+    """Whether to draft ahead during a pass over so many nodes.
+
+    It must save something: drafting between passes that is hidden behind reading costs nothing there. And the pass must
+    leave time on the cores, as it waits for the disk, or the draft must be dear.
+    """
+    drafting = LEAST_STEPS * costs.draft_step_s
+    longer = float(costs.round_seconds(num_nodes, drafting) - costs.round_seconds(num_nodes))
+    if not costs.drafts_ahead or longer < (1 - NEARLY_ALL) * drafting:
         return False
     is_dear = costs.draft_step_s >= DEAR_STEP_SHARE * float(costs.pass_seconds(num_nodes))
     return is_dear or costs.waits_for_disk(num_nodes) >= LEAST_WAIT_SHARE

@@ -14,7 +14,7 @@ from llmcad_actors.core.provisional import (
     WORK_SHARE,
     Patience,
     allowance,
-    has_room,
+    is_worth_it,
 )
 
 
@@ -34,29 +34,39 @@ def costs(draft_step_s: float, read_s: float, **more: Any) -> Costs:
     return Costs(draft_step_s, pass_read_s=read_s, pass_base_s=0.6, pass_node_s=0.02, **{"drafts_ahead": True, **more})
 
 
-def test_there_is_no_room_for_what_was_not_asked_for() -> None:
-    assert not has_room(costs(0.1, read_s=6.0, drafts_ahead=False), 20)
+def test_what_was_not_asked_for_is_not_done() -> None:
+    assert not is_worth_it(costs(0.1, read_s=6.0, drafts_ahead=False), 20)
+
+
+def test_drafting_that_reading_hides_between_passes_is_not_done_ahead() -> None:
+    drafting = 0.01 * LEAST_STEPS
+    assert not is_worth_it(costs(0.01, read_s=6.0, hidden_s=drafting), 20)
+    assert not is_worth_it(costs(0.01, read_s=6.0, hidden_s=0.95 * drafting), 20)
+    assert is_worth_it(costs(0.01, read_s=6.0, hidden_s=0.8 * drafting), 20)
+    # computing takes 1.0 s of 1.3: of 1.0 s of drafting, reading hides 0.3
+    beside_computing = costs(0.05, read_s=1.3, hidden_s=1.2)
+    assert is_worth_it(beside_computing, 20)
 
 
 def test_there_is_room_beside_a_pass_that_waits_for_the_disk() -> None:
-    assert has_room(costs(0.005, read_s=1.3), 20)  # computing takes 1.0
-    assert not has_room(costs(0.005, read_s=1.2), 20)
-    assert has_room(costs(0.005, read_s=1.2), 10)
+    assert is_worth_it(costs(0.005, read_s=1.3), 20)  # computing takes 1.0
+    assert not is_worth_it(costs(0.005, read_s=1.2), 20)
+    assert is_worth_it(costs(0.005, read_s=1.2), 10)
 
 
 def test_beside_a_pass_bound_by_computing_only_a_dear_draft_goes_on() -> None:
-    assert not has_room(costs(0.9 * DEAR_STEP_SHARE, read_s=0.5), 20)
-    assert has_room(costs(1.1 * DEAR_STEP_SHARE, read_s=0.5), 20)
+    assert not is_worth_it(costs(0.9 * DEAR_STEP_SHARE, read_s=0.5), 20)
+    assert is_worth_it(costs(1.1 * DEAR_STEP_SHARE, read_s=0.5), 20)
 
 
 def test_a_prompts_pass_is_bound_by_computing() -> None:
-    assert has_room(costs(0.005, read_s=6.0), 20)
-    assert not has_room(costs(0.005, read_s=6.0, pending_rows=300), 20)
+    assert is_worth_it(costs(0.005, read_s=6.0), 20)
+    assert not is_worth_it(costs(0.005, read_s=6.0, pending_rows=300), 20)
 
 
 def test_a_pass_whose_halves_take_turns_leaves_the_time_of_reading() -> None:
-    assert has_room(costs(0.005, read_s=0.3, overlaps=False), 20)
-    assert not has_room(costs(0.005, read_s=0.3), 20)
+    assert is_worth_it(costs(0.005, read_s=0.3, overlaps=False), 20)
+    assert not is_worth_it(costs(0.005, read_s=0.3), 20)
 
 
 def test_every_disappointment_in_a_row_doubles_the_pause_up_to_the_longest() -> None:
