@@ -7,7 +7,7 @@ it takes away. And on a machine that other programs keep busy, a draft step that
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from llmcad_actors.core.costs import Costs
@@ -45,8 +45,8 @@ def is_worth_it(costs: Costs, num_nodes: int) -> bool:
     It must save something: drafting between passes that is hidden behind reading costs nothing there. And the pass must
     leave time on the cores, as it waits for the disk, or the draft must be dear.
     """
-    drafting = LEAST_STEPS * costs.draft_step_s
-    longer = float(costs.round_seconds(num_nodes, drafting) - costs.round_seconds(num_nodes))
+    drafting, at_first = LEAST_STEPS * costs.draft_step_s, replace(costs, drafted_s=0.0)
+    longer = float(at_first.round_seconds(num_nodes, drafting) - at_first.round_seconds(num_nodes))
     if not costs.drafts_ahead or longer < (1 - NEARLY_ALL) * drafting:
         return False
     is_dear = costs.draft_step_s >= DEAR_STEP_SHARE * float(costs.pass_seconds(num_nodes))

@@ -43,6 +43,7 @@ def test_drafting_that_reading_hides_between_passes_is_not_done_ahead() -> None:
     assert not is_worth_it(costs(0.01, read_s=6.0, hidden_s=drafting), 20)
     assert not is_worth_it(costs(0.01, read_s=6.0, hidden_s=0.95 * drafting), 20)
     assert is_worth_it(costs(0.01, read_s=6.0, hidden_s=0.8 * drafting), 20)
+    assert not is_worth_it(costs(0.01, read_s=6.0, hidden_s=drafting, drafted_s=drafting), 20)  # when it has been done
     # computing takes 1.0 s of 1.3: of 1.0 s of drafting, reading hides 0.3
     beside_computing = costs(0.05, read_s=1.3, hidden_s=1.2)
     assert is_worth_it(beside_computing, 20)
