@@ -9,13 +9,11 @@ STAMP := .venv/.installed
 setup: $(STAMP)
 
 # The stamp makes a second call quick; a changed pyproject.toml installs again. torch comes first and alone:
-# it is the largest by far, and what it resolves to must not depend on the others. Of some 14,000 modules few are ever
-# used, so pip compiles none; those of every run are compiled by importing them, else its first processes would, each.
+# it is the largest by far, and what it resolves to must not depend on the others.
 $(STAMP): pyproject.toml $(wildcard llmcad_actors/native/*.c)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --no-compile -e ".[dev]"
-	$(BIN)/python -c "import ray, transformers.modeling_utils, transformers.models.llama.modeling_llama, llmcad_actors.cli"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
 demo: setup
