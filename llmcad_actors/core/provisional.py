@@ -15,7 +15,7 @@ from llmcad_actors.core.costs import Costs
 TOLERATED_SHARE = 0.1  # of a pass, that the verdict may wait for a draft step to end
 LEAST_WAIT_SHARE = 0.2  # of a pass, that it waits for the disk: less is a pass bound by computing
 DEAR_STEP_SHARE = 0.02  # of a pass, that a draft step takes: such a draft is worth some slowness
-NEARLY_ALL = 0.9  # of drafting, that is hidden: to save the rest by drafting ahead is not worth it
+LEAST_SAVING = 0.1  # of drafting, that reading does not hide: less is not worth saving
 LONGEST_PAUSE = 32  # passes
 WORK_SHARE = 0.05  # of a pass, that drafting ahead works
 LEAST_STEPS = 20  # ahead, however dear: a draft whose step is a twentieth of a pass works through it
@@ -45,9 +45,11 @@ def is_worth_it(costs: Costs, num_nodes: int) -> bool:
     It must save something: drafting between passes that is hidden behind reading costs nothing there. And the pass must
     leave time on the cores, as it waits for the disk, or the draft must be dear.
     """
+    if not costs.drafts_ahead:
+        return False
     drafting, at_first = LEAST_STEPS * costs.draft_step_s, replace(costs, drafted_s=0.0)
-    longer = float(at_first.round_seconds(num_nodes, drafting) - at_first.round_seconds(num_nodes))
-    if not costs.drafts_ahead or longer < (1 - NEARLY_ALL) * drafting:
+    shows = float(at_first.round_seconds(num_nodes, drafting) - at_first.round_seconds(num_nodes))
+    if shows < LEAST_SAVING * drafting:
         return False
     is_dear = costs.draft_step_s >= DEAR_STEP_SHARE * float(costs.pass_seconds(num_nodes))
     return is_dear or costs.waits_for_disk(num_nodes) >= LEAST_WAIT_SHARE
