@@ -76,7 +76,7 @@ class DecoderOnly:
             input_ids=ids[None],
             attention_mask=masks(mask, positions, keys),  # type: ignore[arg-type]
             position_ids=torch.from_numpy(positions)[None],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         hidden: torch.Tensor = output.last_hidden_state[0]
@@ -116,7 +116,7 @@ class EncoderDecoder:
                 input_ids=ids[None],
                 attention_mask=mask if isinstance(mask, torch.Tensor) else mask(0, len(ids)),
                 encoder_hidden_states=self._encoded,
-                past_key_values=EncoderDecoderCache(cache, self._cross),
+                cache=EncoderDecoderCache(cache, self._cross),
                 use_cache=True,
             )
         hidden: torch.Tensor = output.last_hidden_state[0]
