@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.progress import Progress as RichProgress
 from rich.progress import TaskID
 
+from llmcad_actors import command
 from llmcad_actors.bundled import DEMO, DEMO_BYTES, bundled_draft, demo_target
 from llmcad_actors.cli_views import demo_table, plan_table
 from llmcad_actors.config import BUILDERS, FALLBACKS, READINGS, EngineConfig, read_config
 from llmcad_actors.core.budget import parse_size
 from llmcad_actors.engine import Engine
 from llmcad_actors.errors import ConfigError, LlmcadError
+from llmcad_actors.interruption import exit_code, told_by
 from llmcad_actors.planning import Prepared, prepare
 from llmcad_actors.results import Result
 from llmcad_actors.status import StatusLine
@@ -37,7 +39,6 @@ P = ParamSpec("P")
 
 DEMO_MEMORY = "1.5GB"
 DEMO_PROMPT = "def read_lines(path):\n    "
-INTERRUPTED = 130
 
 Target = Annotated[
     str, typer.Option(help="Model to run: a Hugging Face directory, a name in the local cache, or `demo`.")
@@ -85,8 +86,8 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
             screen.print(f"llmcad: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            screen.print("llmcad: interrupted", markup=False)
-            raise typer.Exit(INTERRUPTED) from None
+            screen.print(f"llmcad: {told_by()}", markup=False)
+            raise typer.Exit(exit_code()) from None
 
     return run
 
@@ -331,7 +332,7 @@ def _demo_report(fast: Result, plain: Result, job: Prepared) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point."""
-    app()
+    command.main()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,15 @@ def check_ray(report: Report, say: Say) -> None:
     say("starting and stopping Ray", None)
     took = json.loads(run_module("llmcad_actors.actors.ray_check", timeout_s=RAY_TIMEOUT_S).splitlines()[-1])
     report.add("Ray", OK, f"starts in {took['start_s']:.1f} s, stops in {took['stop_s']:.1f} s")
+    add_ports(report, took["listens_on"])
+
+
+def add_ports(report: Report, listens_on: list[str]) -> None:
+    """What can be reached of a run, `listens_on` being addresses, and from where."""
+    is_closed = all(ip_address(address).is_loopback for address in listens_on)
+    where = "this machine alone can reach them" if is_closed else f"reached over the network: {set(listens_on)}"
+    found = f"a run listens on {len(listens_on)} TCP ports; {where}; each call needs the run's own token"
+    report.add("ports", OK if is_closed else WARNING, found, "close the machine to others with a firewall")
 
 
 def check_disk(report: Report, quick: bool, say: Say) -> None:

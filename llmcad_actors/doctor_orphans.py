@@ -1,14 +1,12 @@
 """What earlier runs left behind: processes, session folders, shared memory. Only looks, ends nothing.
 
 Ray names a session after the process that began it (`session_<date>_<time>_<micros>_<pid>`), and llmcad's sessions
-live in folders `llmcad-*` of the temporary folder: so a session whose process is gone can be told from a living one,
-and from a cluster that was started by hand.
+live in folders of their own (`sessions.py`): so a session whose process is gone can be told from a living one, and
+from a cluster that was started by hand.
 """
 
 import os
-import re
 import shlex
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,9 +14,9 @@ from pathlib import Path
 
 import psutil
 
-SESSION = re.compile(r"(/[^\s=]*/llmcad-[^/\s]*)/session_[\d_-]+_(\d+)(?:/|\s|$)")
+from llmcad_actors.sessions import SESSION, folders_in, is_alive, is_mine, left_behind, sessions_folder
+
 ACTORS = ("LoaderActor", "VerifierActor", "DraftActor", "Coordinator")
-FOLDERS = "llmcad-*"
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -46,16 +44,16 @@ class Orphans:
 
 
 def find_orphans(temporary: Path | None = None, shared: Path = SHARED_MEMORY) -> Orphans:
-    """Of this user. `temporary`: default the temporary folder."""
+    """Of this user. `temporary`: default the folder of sessions."""
     mine = list(_own_processes())
     pids = {process.pid for process in mine if _is_orphan(process)}
     in_use = {match[1] for process in mine for match in SESSION.finditer(_command_line(process))}
     folders = [
         folder
-        for folder in sorted((temporary or Path(tempfile.gettempdir())).glob(FOLDERS))
+        for folder in folders_in(temporary or sessions_folder())
         if str(folder) not in in_use and _is_left(folder)
     ]
-    files = [file for file in sorted(shared.glob("plasma*")) if _is_mine(file)]
+    files = [file for file in sorted(shared.glob("plasma*")) if is_mine(file)]
     return Orphans(tuple(sorted(pids)), tuple(folders), tuple(_unused(files, mine)))
 
 
@@ -71,34 +69,16 @@ def _is_orphan(process: psutil.Process) -> bool:
     line = _command_line(process)
     with suppress(psutil.Error):
         if match := SESSION.search(line):
-            return process.pid != int(match[2]) and not _is_alive(int(match[2]), process.create_time())
+            return process.pid != int(match[2]) and not is_alive(int(match[2]), process.create_time())
         if line.startswith(tuple(f"ray::{name}" for name in ACTORS)):
             parent = process.parent()
             return parent is None or parent.name() != "raylet"
     return False
 
 
-def _is_alive(pid: int, since: float) -> bool:
-    """The process that had this number at the time `since` lives on (numbers are used again)."""
-    with suppress(psutil.Error):
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since
-    return False
-
-
 def _is_left(folder: Path) -> bool:
-    """A session folder of this user whose process is gone. One without a session in it is perhaps just being made."""
-    if not _is_mine(folder):
-        return False
-    sessions = [SESSION.search(f"{session}/") for session in folder.glob("session_*_*")]
-    found = [match for match in sessions if match]
-    return bool(found) and not any(_is_alive(int(match[2]), folder.stat().st_ctime) for match in found)
-
-
-def _is_mine(file: Path) -> bool:
-    with suppress(OSError):
-        return file.stat().st_uid == os.getuid()
-    return False
+    with left_behind(folder) as is_left:
+        return is_left
 
 
 def _unused(files: Sequence[Path], processes: Sequence[psutil.Process]) -> list[Path]:

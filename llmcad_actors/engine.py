@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Self
 
@@ -10,12 +11,13 @@ from tokenizers import Tokenizer
 import llmcad_actors.errors as errors
 from llmcad_actors.actors.calls import fetch
 from llmcad_actors.actors.guard import Guard
+from llmcad_actors.actors.lean_ray import LocalRay
 from llmcad_actors.actors.memory import MemoryWatcher, process_pss
-from llmcad_actors.actors.runtime import Actors, LocalRay, start_actors
+from llmcad_actors.actors.runtime import Actors, start_actors
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.disk_settings import meet_disk
-from llmcad_actors.errors import ConfigError, RuntimeFailure
+from llmcad_actors.errors import ConfigError, LlmcadError, RuntimeFailure
 from llmcad_actors.messages import Event, Failed, Finished, Progress, Provisional, Request, Tokens, pack, unpack
 from llmcad_actors.models.tokenizer import Detokenizer, StopStrings, is_plain, plain_tokenizer
 from llmcad_actors.planning import Prepared, prepare
@@ -82,6 +84,7 @@ class Engine:
         try:
             watcher.start()
             actors = start_actors(
+                ray_.line,
                 prepared.loader_spec(),
                 prepared.verifier_spec(),
                 prepared.draft_spec(),
@@ -178,9 +181,10 @@ class Engine:
             if tail := stops.feed(detokenizer.flush(), final=True):
                 yield Piece(tail, ())
         finally:
-            self._actors.coordinator.cancel.remote()
-            if self._stats is not None:
-                self._stats = self._completed(self._stats, before, shed)
+            with suppress(LlmcadError):  # what broke the request is being raised
+                self._actors.coordinator.cancel.remote()
+                if self._stats is not None:
+                    self._stats = self._completed(self._stats, before, shed)
 
     def _poll(self) -> Iterator[Event]:
         for event in unpack(self._call(self._actors.coordinator.events.remote(POLL_S), "the coordinator")):

@@ -10,8 +10,8 @@ from typing import Any
 import ray
 
 from llmcad_actors.actors.calls import fetch
+from llmcad_actors.actors.lean_ray import LocalRay
 from llmcad_actors.actors.loader import LoaderActor
-from llmcad_actors.actors.runtime import LocalRay
 from llmcad_actors.actors.verifier import VerifierActor
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.messages import Progress, Verdict, pack, unpack

@@ -11,6 +11,8 @@ import pytest
 
 import llmcad_actors
 from llmcad_actors import errors
+from llmcad_actors.actors.calls import Remote
+from llmcad_actors.actors.runtime import Actors
 
 PACKAGE = Path(llmcad_actors.__file__).parent
 HEAVY = ("torch", "transformers", "ray", "tokenizers", "msgpack", "psutil", "yaml", "typer", "rich")
@@ -75,7 +77,10 @@ MAY_KNOW = {
     "core": {"core", "errors"},
     "storage": {"core", "errors", "storage", "models.families"},  # the names of an architecture's tensors
     "models": {"core", "errors", "storage", "models", "messages", "ports", "processor", "native"},
-    "actors": {"core", "errors", "storage", "models", "actors", "messages", "ports", "loop", "config", "limits"},
+    "actors": {
+        *("core", "errors", "storage", "models", "actors"),
+        *("messages", "ports", "loop", "config", "limits", "sessions"),
+    },
 }
 
 
@@ -94,6 +99,20 @@ def test_ray_is_known_to_the_actors_alone() -> None:
     for file in PACKAGE.rglob("*.py"):
         if file.parent.name != "actors":
             assert "ray" not in {name.partition(".")[0] for name in imports_of(file)}, file
+
+
+MAY_CALL_RAY = {"arena", "calls", "lean_ray", "ray_check", "ray_log", "runtime"}
+
+
+def test_what_calls_ray_is_known_and_watches_whether_ray_has_ended() -> None:
+    """A call that comes later would start another Ray. The window's calls are made inside actors, where none ends."""
+    for file in (PACKAGE / "actors").glob("*.py"):
+        if file.stem not in MAY_CALL_RAY:
+            assert "ray" not in {name.partition(".")[0] for name in imports_of(file)}, file
+    assert all(
+        kind is Remote for kind in (Actors.__annotations__[name] for name in ("loader", "verifier", "coordinator"))
+    )
+    assert Actors.__annotations__["draft"] == Remote | None
 
 
 PUBLIC = [

@@ -12,6 +12,7 @@ from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 
+from llmcad_actors.actors.calls import failure
 from llmcad_actors.errors import ActorFailure, DeadlineError, LlmcadError, RuntimeFailure
 
 Place = tuple[str, int, int]
@@ -105,7 +106,7 @@ class LeaseClient:
                 raise DeadlineError(f"{what} did not come within {timeout_s:.0f} s")
             answer: Lease | LlmcadError = self._connection.recv()
         except (EOFError, OSError):
-            raise ActorFailure(f"{what} failed: the loader died") from None
+            raise failure(f"{what} failed: the loader died") from None
         if isinstance(answer, LlmcadError):
             raise answer
         return answer
@@ -118,4 +119,4 @@ class LeaseClient:
         try:
             self._connection.send(message)
         except OSError:
-            raise ActorFailure("the loader died") from None
+            raise failure("the loader died") from None

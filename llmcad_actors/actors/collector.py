@@ -50,7 +50,10 @@ class TraceCollector:
     def _ask(self, *, keep_on: bool) -> None:
         for lane, actor in self._actors.items():
             if lane not in self._calls:
-                self._calls[lane] = actor.trace.remote(keep_on)
+                try:
+                    self._calls[lane] = actor.trace.remote(keep_on)
+                except LlmcadError:  # the engine is being closed
+                    self._failed.add(lane)
 
     def _collect(self, timeout_s: float) -> None:
         """Hand on what has come. A call that takes longer stays open; one that failed is asked again next time."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from llmcad_actors.actors.calls import fetch_async
+from llmcad_actors.actors.calls import failure, fetch_async
 from llmcad_actors.actors.traced import TracedDrafter, TracedVerifier
 from llmcad_actors.core.costs import Costs
 from llmcad_actors.core.fallback import Policy
@@ -123,8 +123,8 @@ class Coordinator:
         except LlmcadError as error:
             emit(Failed(type(error).__name__, str(error)))
             return
-        except Exception:  # a bug of ours: the caller must hear of it, or would wait for ever
-            emit(Failed("ActorFailure", f"the coordinator broke: {traceback.format_exc()}"))
+        except Exception as error:  # a bug of ours: the caller must hear of it, or would wait for ever
+            emit(Failed("ActorFailure", str(failure(f"the coordinator broke: {error!r}", traceback.format_exc()))))
             return
         if drafter is not None:
             self._learnt = learnt

@@ -1,9 +1,8 @@
 """Self-defence: from samples of memory to orders for the verifier, which gives up pinned shards or takes them back."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
-
-import ray
 
 from llmcad_actors.actors.calls import fetch
 from llmcad_actors.core.shedding import MemorySample, Shedding
@@ -40,15 +39,16 @@ class Guard:
             self._policy = before.after(sample, self._passes)
         self.num_shed += max(0, before.kept - self._policy.kept)
         if self._policy.kept != before.kept or self._held < len(before.sizes):
-            self._order = self._verifier.keep.remote(self._policy.kept)
+            with suppress(LlmcadError):  # the engine is being closed
+                self._order = self._verifier.keep.remote(self._policy.kept)
 
     def _is_carried_out(self) -> bool:
         if self._order is None:
             return True
-        if not ray.wait([self._order], timeout=0)[0]:
-            return False
-        order, self._order = self._order, None
         try:
+            if not self._order.is_done():
+                return False
+            order, self._order = self._order, None
             self._held, self._passes = fetch(order, ORDER_TIMEOUT_S, "giving up pinned shards")
         except LlmcadError:  # a dead verifier is told of where its passes are waited for
             return False

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from llmcad_actors import Engine
 from llmcad_actors.actors.calls import fetch, fetch_async
-from llmcad_actors.actors.runtime import LocalRay
+from llmcad_actors.actors.lean_ray import LocalRay
 from llmcad_actors.errors import ActorFailure, ConfigError, DeadlineError, MemoryCapError
 from tests.actors.engines import Job, good_draft, no_draft, processes_of, random_target, slow
 from tests.plain import Plain, encode
@@ -31,12 +31,14 @@ def with_engine(*jobs: Job) -> pytest.MarkDecorator:
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray for all engines; they leave it alone."""
-    local = LocalRay(256 << 20)
-    yield
-    assert ray.is_initialized()
-    local.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMCAD_CACHE", str(tmp_path_factory.mktemp("cache")))  # for logs
+        local = LocalRay(256 << 20)
+        yield
+        assert ray.is_initialized()
+        local.close()
 
 
 @pytest.fixture(scope="module")
@@ -244,17 +246,22 @@ def test_what_goes_wrong_in_an_actor_becomes_one_of_our_errors(local_ray: None) 
 
 
 @with_engine(slow)
-def test_a_killed_draft_is_reported_and_plain_decoding_goes_on(engine: Engine) -> None:
-    with pytest.raises(ActorFailure, match=r"draft.* failed: the actor died"):
+def test_a_killed_draft_is_reported_and_plain_decoding_goes_on(
+    engine: Engine, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ActorFailure, match=r"draft.* failed: the actor died.* details are in /") as caught:
         kill_during_a_pass(engine, "DraftActor")
+    assert "worker process has died" in Path(str(caught.value).rpartition(" ")[2]).read_text()
+    assert capfd.readouterr() == ("", "")  # Ray says it there alone
     result = engine.generate(PROMPTS[0], max_new_tokens=2, speculate=False)
     assert result.token_ids == expected(engine.prepared.target.path)[PROMPTS[0]][:2]
 
 
 @with_engine(slow)
-def test_a_killed_verifier_is_reported(engine: Engine) -> None:
+def test_a_killed_verifier_is_reported(engine: Engine, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ActorFailure, match="pass failed: the actor died"):
         kill_during_a_pass(engine, "VerifierActor")
+    assert capfd.readouterr() == ("", "")
     with pytest.raises(ActorFailure):
         engine.generate(PROMPTS[0], speculate=False)
 

@@ -15,7 +15,7 @@ from ray._private import services
 
 from llmcad_actors.actors import idle_agent
 from llmcad_actors.actors.idle_agent import port_files
-from llmcad_actors.actors.runtime import LocalRay
+from llmcad_actors.actors.lean_ray import LocalRay
 from llmcad_actors.errors import RuntimeFailure
 
 MB = 1_000_000

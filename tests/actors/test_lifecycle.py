@@ -1,23 +1,28 @@
 """Whatever ends the driver, nothing of llmcad or Ray stays behind: no process, no shared memory."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
 
 from llmcad_actors.bundled import bundled_draft, bundled_target
+from llmcad_actors.sessions import sweep
 from tests.actors.engines import job
 
 GONE_AFTER_S = 15.0
+START_S = 120.0
 MARK = "LLMCAD_TEST"
 DRIVER = """
 import signal, sys
@@ -37,15 +42,16 @@ except KeyboardInterrupt:
 class Driver:
     """A process of its own session, and everything that it starts, known by a mark in the environment."""
 
-    def __init__(self, command: list[str], folder: str) -> None:
+    def __init__(self, command: list[str], folder: str, streams: Mapping[str, IO[str]]) -> None:
         self._mark = uuid.uuid4().hex
         self._shared_memory = set(os.listdir("/dev/shm"))
         self.folder = Path(folder)
         self.process = subprocess.Popen(
             [sys.executable, *command],
             env=os.environ | {MARK: self._mark, "TMPDIR": folder},
-            stdin=subprocess.PIPE,
+            stdin=streams.get("stdin", subprocess.PIPE),
             stdout=subprocess.PIPE,
+            stderr=streams.get("stderr"),
             text=True,
             start_new_session=True,
         )
@@ -74,18 +80,18 @@ class Driver:
 
 
 @contextmanager
-def driver(*command: str) -> Iterator[Driver]:
+def driver(*command: str, **streams: IO[str]) -> Iterator[Driver]:
     # Ray's sockets live there, and a socket's path must be short.
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="t", ignore_cleanup_errors=True) as folder:
-        running = Driver(list(command), folder)
+        running = Driver(list(command), folder, streams)
         try:
             yield running
         finally:
             running.end()
 
 
-def becomes_true(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + GONE_AFTER_S
+def becomes_true(condition: Callable[[], bool], within_s: float = GONE_AFTER_S) -> bool:
+    deadline = time.monotonic() + within_s
     while not condition():
         if time.monotonic() > deadline:
             return False
@@ -112,14 +118,62 @@ def test_ctrl_c_during_a_pass_closes_the_engine(memory: str) -> None:
         assert running.process.returncode == 0
 
 
-def test_killing_the_command_during_a_pass_ends_everything(memory: str, tmp_path: Path) -> None:
-    config = tmp_path / "slow.yaml"
+def test_ctrl_c_at_a_terminal_ends_the_command_with_one_line(memory: str, tmp_path: Path) -> None:
+    """The status line's thread asks the actors all the while: no call may find Ray ended, and start another."""
+    with terminal() as screen, driver(*command(memory, tmp_path), stderr=screen.end, stdin=screen.end) as running:
+        assert becomes_true(lambda: "MB/s" in screen.text, START_S)  # a pass is under way
+        os.killpg(running.process.pid, signal.SIGINT)
+        assert running.process.wait(GONE_AFTER_S) == 130
+        assert becomes_true(lambda: not running.others()), running.others()
+        assert list(running.folder.iterdir()) == []
+        assert becomes_true(lambda: "llmcad: interrupted" in screen.text)
+    assert "Traceback" not in screen.text
+    assert "Exception" not in screen.text
+
+
+class Terminal:
+    """What is shown on it; `end` is for the program that shows it."""
+
+    def __init__(self) -> None:
+        self._ours, theirs = pty.openpty()
+        self.end = os.fdopen(theirs, "w")
+        self.text = ""
+
+    def read(self) -> None:
+        """Until it is closed."""
+        with suppress(OSError):
+            while text := os.read(self._ours, 65536):
+                self.text += text.decode(errors="replace")
+        os.close(self._ours)
+
+
+@contextmanager
+def terminal() -> Iterator[Terminal]:
+    made = Terminal()
+    reader = threading.Thread(target=made.read)
+    reader.start()
+    try:
+        yield made
+    finally:
+        made.end.close()
+        reader.join()
+
+
+def command(memory: str, folder: Path) -> list[str]:
+    """One that takes seconds for each pass."""
+    config = folder / "slow.yaml"
     config.write_text("read_limit: 10MB/s\n")
     options = ["--target", str(bundled_target()), "--draft", str(bundled_draft()), "--memory", memory]
-    command = ["-m", "llmcad_actors.cli", "generate", *options, "--config", str(config), "--max-new-tokens", "500"]
-    with driver(*command, "def area(r):") as running:
+    more = ["--config", str(config), "--max-new-tokens", "500"]
+    return ["-m", "llmcad_actors.cli", "generate", *options, *more, "def area(r):"]
+
+
+def test_killing_the_command_during_a_pass_ends_everything(memory: str, tmp_path: Path) -> None:
+    with driver(*command(memory, tmp_path)) as running:
         assert running.stdout.read(1)  # the first pass is over, the second under way
         assert len(running.others()) > 4
         running.process.kill()
         assert becomes_true(lambda: not running.others()), running.others()
         assert not running.plasma_files()
+        (folder,) = running.folder.iterdir()
+        assert sweep(running.folder) == [folder]

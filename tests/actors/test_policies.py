@@ -15,10 +15,11 @@ import ray
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmcad_actors.actors.calls import fetch
+from llmcad_actors.actors.calls import Line, fetch
 from llmcad_actors.actors.coordinator import MonotonicClock, RemoteDrafter, RemoteVerifier
 from llmcad_actors.actors.draft import DraftActor
-from llmcad_actors.actors.runtime import LocalRay, start_actors
+from llmcad_actors.actors.lean_ray import LocalRay
+from llmcad_actors.actors.runtime import start_actors
 from llmcad_actors.bundled import bundled_draft, bundled_target
 from llmcad_actors.config import DraftSpec
 from llmcad_actors.core.builders import make_builder
@@ -74,9 +75,10 @@ class AnyBuilder(DraftActor):
 class Actors:
     """One target and one draft."""
 
-    def __init__(self, prepared: Prepared, stack: ExitStack) -> None:
+    def __init__(self, line: Line, prepared: Prepared, stack: ExitStack) -> None:
         self.path, self._prepared = prepared.target.path, prepared
         actors = start_actors(
+            line,
             prepared.loader_spec(),
             prepared.verifier_spec(),
             None,
@@ -85,7 +87,7 @@ class Actors:
             lambda what: None,
         )
         stack.callback(actors.close)
-        self._verifier = RemoteVerifier(actors.verifier)
+        self._verifier = RemoteVerifier(actors.verifier.handle)
         self._draft = ray.remote(num_cpus=0)(AnyBuilder).remote(pack(prepared.draft_spec()))
         stack.callback(_end, self._draft)
         fetch(self._draft.ready.remote(), 120, "the draft's start")
@@ -108,9 +110,9 @@ def _end(actor: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
+def local_ray() -> Iterator[LocalRay]:
     local = LocalRay(256 << 20)
-    yield
+    yield local
     local.close()
 
 
@@ -127,10 +129,10 @@ def bundled_pair(folder: Path) -> Prepared:
 
 @pytest.fixture(scope="module", params=[random_pair, bundled_pair], ids=lambda make: make.__name__)
 def actors(
-    local_ray: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    local_ray: LocalRay, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Actors]:
     with ExitStack() as stack:
-        yield Actors(request.param(tmp_path_factory.mktemp("pair")), stack)
+        yield Actors(local_ray.line, request.param(tmp_path_factory.mktemp("pair")), stack)
 
 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])

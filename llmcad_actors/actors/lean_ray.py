@@ -1,0 +1,287 @@
+"""Ray on one machine, bent to our needs: lean, silent, for this machine and this run alone, and gone in the end.
+
+Lean: stand-ins for agents that nobody calls, daemons that one machine has no use for ended, settings of speed. For this
+run alone: it listens on the loopback interface, and every call needs a token that only its own processes have. Gone:
+processes that do not end in time are killed, and the folder is removed.
+"""
+
+import atexit
+import ctypes
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import ray
+from ray._private import ray_constants, services
+from ray._private.node import Node
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+from llmcad_actors.actors import idle_agent
+from llmcad_actors.actors.calls import Line
+from llmcad_actors.actors.ray_log import VARIABLE, RayLog, speaking_to
+from llmcad_actors.errors import RuntimeFailure
+from llmcad_actors.limits import check_shared_memory
+from llmcad_actors.sessions import SessionFolder, log_folder, sweep
+
+NUM_ACTORS = 4
+END_TIMEOUT_S = 5.0
+
+ENVIRONMENT: dict[str, str | None] = {
+    "RAY_JOB_CONFIG_JSON_ENV_VAR": None,  # of a job of another Ray around us, with a runtime environment
+    "RAY_REDIS_ADDRESS": None,  # another Ray's state is not for ours
+    "RAY_worker_niceness": "0",  # at Ray's default, 15, a drafting process slows a pass to half
+    "RAY_memory_monitor_refresh_ms": "0",  # a nearly full machine is normal here: the byte budget rules
+    "RAY_usage_stats_enabled": "0",
+    "RAY_free_objects_period_milliseconds": "0",  # what is dropped is needed at once
+    "RAY_enable_metrics_collection": "0",
+    "RAY_enable_pipe_based_agent_to_parent_health_check": "1",  # an idle agent ends when its standard input does
+    "RAY_start_python_gc_manager_thread": "0",  # it collects garbage for 0.2 s whenever the store is well used
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it prints C++ stacks on standard error; Python has one of its own
+    "RAY_AUTH_MODE": "token",  # whatever Ray's default, or the caller's
+    "RAY_AUTH_TOKEN_PATH": None,
+    "RAY_ENABLE_K8S_TOKEN_AUTH": None,
+    "TRANSFORMERS_SDPA_FORCE_GQA": "1",  # grouped heads without copying keys and values: half the attention time
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "8388608",
+    "MALLOC_TRIM_THRESHOLD_": "16777216",
+    "PYTHONWARNINGS": "ignore",
+}
+LOOPBACK = "127.0.0.1"
+IDLE_AGENTS = ("dashboard_agent", "runtime_env_agent")  # the raylet ends without them; nobody here calls them
+SPARE_DAEMONS = ("kill_monitor", "kill_dashboard", "kill_log_monitor")  # 150 MB that one machine has no use for
+
+
+class LocalRay:
+    """A Ray instance of our own on this machine; or the caller's, if one is running, which we then leave alone.
+
+    Its actors are called over `line`.
+    """
+
+    def __init__(self, store_bytes: int) -> None:
+        """Raises `RuntimeFailure` when Ray does not start."""
+        self.is_ours = not ray.is_initialized()
+        self.line = Line()
+        self._pid = os.getpid()
+        self._end = ExitStack()
+        if self.is_ours:
+            check_shared_memory(store_bytes)
+            sweep()
+            for is_last in (False, True):  # on a slow disk Ray's programs may come too late for its deadline
+                try:
+                    return self._try(store_bytes)
+                except Exception as error:
+                    if is_last:
+                        why = "\n".join(
+                            [str(error), *getattr(error, "__notes__", ()), "`llmcad doctor` may tell more."]
+                        )
+                        raise RuntimeFailure(f"Ray did not start: {why}") from error
+
+    def _try(self, store_bytes: int) -> None:
+        """Start; what failed leaves nothing."""
+        folder = SessionFolder()
+        self._end.callback(folder.close)
+        try:
+            log = RayLog(log_folder())
+            self._end.callback(log.keep_tails, folder.for_ray)
+            self._end.enter_context(speaking_to(log))
+            self._start(store_bytes, folder.for_ray, log)
+        except BaseException as error:
+            _end_half_started(error)
+            for line in _fatal_lines(folder.for_ray):
+                error.add_note(line)
+            self.close()
+            raise
+        folder.is_ready = True
+        self.line = Line(log.path)
+        atexit.register(self.close)
+
+    def _start(self, store_bytes: int, folder: Path, log: RayLog) -> None:
+        run = {"RAY_AUTH_TOKEN": secrets.token_hex(32), VARIABLE: str(log.path)}
+        self._end.callback(_read_environment)  # as it will be then: the caller's
+        with environment(ENVIRONMENT | run), loopback_only(), idle_agents(), uninterrupted(is_start=True):
+            _read_environment()
+            self._end.callback(_shut_down)
+            self._end.callback(log.end)
+            ray.init(
+                address="local",
+                num_cpus=NUM_ACTORS,  # Ray starts as many workers ahead; the actors take exactly these
+                object_store_memory=store_bytes,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                _node_ip_address=LOOPBACK,
+                _temp_dir=str(folder),
+                _skip_env_hook=True,  # no runtime environment: nobody listens to make it
+                _system_config={"automatic_object_spilling_enabled": False},
+            )
+        for kill in SPARE_DAEMONS:
+            with suppress(Exception):  # another Ray version may have no such daemon
+                getattr(ray._private.worker._global_node, kill)(check_alive=False)
+
+    def close(self) -> None:
+        """End it, if it is ours: after this nothing of it is left. May be called again."""
+        if os.getpid() == self._pid:  # and not a fork of ours that exits
+            self.line.cut()
+            atexit.unregister(self.close)
+            self._end.close()
+
+
+def _shut_down() -> None:
+    """Ray's own way, and then the hard one for whatever is still there."""
+    family = _family(ray._private.worker._global_node)
+    for process in family:
+        with suppress(psutil.Error):
+            if _is_worker(process):
+                process.kill()
+    with uninterrupted(is_start=False):
+        ray.shutdown()
+    for process in family:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(family, END_TIMEOUT_S)
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    """An actor, or a worker to become one. Nothing in them is worth a farewell."""
+    return (process.cmdline() or [""])[0].startswith("ray::")
+
+
+def _family(node: Any) -> list[psutil.Process]:
+    """The node's daemons, and all below them."""
+    found: list[psutil.Process] = []
+    for infos in node.all_processes.values() if node else ():
+        for info in infos:
+            with suppress(psutil.Error):
+                daemon = psutil.Process(info.process.pid)
+                found += [daemon, *daemon.children(recursive=True)]
+    return found
+
+
+def _end_half_started(error: BaseException) -> None:
+    """End the daemons of a node whose making raised `error`: Ray forgets them, and its shutdown does not reach them."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("self")
+        if isinstance(node, Node):
+            node.kill_all_processes(check_alive=False, wait=True)
+
+
+def _fatal_lines(folder: Path) -> list[str]:
+    """What the raylet said as it gave up; Ray's own error does not tell."""
+    logs = folder.glob("session_2*/logs/raylet.out")
+    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+    return [line.partition("Check failed: ")[2] for line in lines if "Check failed: " in line]
+
+
+@contextmanager
+def environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Set environment variables, or unset them, inside the block; children started there keep them."""
+    before = {name: os.environ.get(name) for name in values}
+    _set(values)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _read_environment() -> None:
+    """Ray's compiled part reads settings and token once in a process; here, again. The settings first: in token mode a
+    thread of it that still runs may ask for the token, and ends the process where there is none."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def loopback_only() -> Iterator[None]:
+    """A Ray that starts inside the block takes 127.0.0.1 for the machine's address, and listens there alone.
+
+    Asked for that address otherwise, it takes the machine's own instead, and listens on all interfaces.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def idle_agents() -> Iterator[None]:
+    """Inside the block, Ray starts `idle_agent.py` for the agents that nobody calls."""
+    build, asks_uv = (
+        services._build_python_executable_command_memory_profileable,
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV,
+    )
+
+    def command(component: str, *args: Any, **kwargs: Any) -> list[str]:
+        if component in IDLE_AGENTS:
+            return [sys.executable, "-I", "-S", idle_agent.__file__]
+        return list(build(component, *args, **kwargs))
+
+    services._build_python_executable_command_memory_profileable = command
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False  # under `uv run` a runtime environment would be made
+    try:
+        yield
+    finally:
+        services._build_python_executable_command_memory_profileable = build
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = asks_uv
+
+
+@contextmanager
+def uninterrupted(*, is_start: bool) -> Iterator[None]:
+    """Inside the block signal handlers of Python wait; after it they are what they were before, and get what came.
+
+    During a start, those do not wait that end the process at once, and have an attribute `ends_a_start`.
+
+    A start or an end of Ray that is broken off in its compiled part may crash the process. And Ray's start puts a
+    handler of SIGTERM over the caller's, and its end takes it away.
+    """
+    libc, action = ctypes.CDLL(None), ctypes.create_string_buffer(1024)  # a sigaction, whose size is the system's
+    put = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    libc.sigaction(signal.SIGTERM, None, action)
+    try:
+        with ExitStack() as waiting:
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    if not (is_start and hasattr(signal.getsignal(number), "ends_a_start")):
+                        waiting.enter_context(_deferred(number))
+            yield
+    finally:
+        libc.sigaction(signal.SIGTERM, action, None)
+        ray._private.utils.set_sigterm_handler = put
+
+
+@contextmanager
+def _deferred(number: int) -> Iterator[None]:
+    """Of the main thread."""
+    handler, came = signal.getsignal(number), list[FrameType | None]()
+    if not callable(handler):  # the system's own
+        yield
+        return
+    signal.signal(number, lambda _, frame: came.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(number, handler)
+        if came:
+            handler(number, came[0])

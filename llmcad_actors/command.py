@@ -1,0 +1,21 @@
+"""Entry point of `llmcad`: ready for signals before the rest is loaded, which takes a second."""
+
+import sys
+
+from llmcad_actors.interruption import exit_code, interruptible, told_by
+
+
+def main() -> None:
+    """Run the command that the arguments name; ends the process."""
+    try:
+        with interruptible():
+            from llmcad_actors.cli import app
+
+            app()
+    except KeyboardInterrupt:
+        print(f"llmcad: {told_by()}", file=sys.stderr)
+        sys.exit(exit_code())
+
+
+if __name__ == "__main__":
+    main()
