@@ -1,19 +1,25 @@
-# Everything runs in .venv, which `setup` makes. CI calls `make test`, as a laptop does.
+# Everything runs in .venv, which `setup` makes, with the exact versions of constraints.txt. CI calls `make test`, as a
+# laptop does.
 PYTHON ?= python3
-TORCH := torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
+LATEST := .venv-latest/bin
+TORCH := $(shell grep '^torch==' constraints.txt)
+TORCH_RANGE := $(shell grep -o 'torch>=[^"]*' pyproject.toml)
+PYTEST := -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+N ?= 10000
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint lock test-latest fuzz clean
 
 setup: $(STAMP)
 
-# The stamp makes a second call quick; a changed pyproject.toml installs again. torch comes first and alone:
-# it is the largest by far, and what it resolves to must not depend on the others.
-$(STAMP): pyproject.toml $(wildcard llmcad_actors/native/*.c)
+# The stamp makes a second call quick; a changed file installs again. torch comes first and alone, by pip: it is the
+# largest by far, and which of its builds is taken is pip's configuration to say. uv installs the rest in half pip's time.
+$(STAMP): pyproject.toml constraints.txt $(wildcard llmcad_actors/native/*.c)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt uv setuptools
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --no-build-isolation -c constraints.txt -e ".[dev]"
 	touch $@
 
 demo: setup
@@ -26,8 +32,25 @@ lint: setup
 
 # Three processes, as tests wait for the processes they start; in the files' order, which has the long ones first.
 test: lint
-	$(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python $(PYTEST)
+
+# The newest versions that pyproject.toml allows, for every Python from 3.11 on, x86-64 and aarch64; then commit.
+lock: setup
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --extra plot --no-header --no-annotate pyproject.toml -o constraints.txt
+
+# The suite with the newest versions that pyproject.toml allows, in an environment of its own. Not part of CI.
+test-latest:
+	rm -rf .venv-latest
+	$(PYTHON) -m venv .venv-latest
+	$(LATEST)/python -m pip install --quiet "$(TORCH_RANGE)"
+	$(LATEST)/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[dev]" "$(TORCH_RANGE)"
+	$(LATEST)/python -m pip list
+	$(LATEST)/python $(PYTEST)
+
+# N malformed models, and a tenth as many traces and YAML files: no traceback, nothing slow, nothing large.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --models $(N) --traces $$(($(N) / 10)) --yaml $$(($(N) / 10))
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-latest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
         CheckpointError,
         ConfigError,
         DeadlineError,
+        EngineBusyError,
+        EngineClosedError,
         LlmcadError,
         MemoryCapError,
         OverBudgetError,
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
     from llmcad_actors.results import Piece, Result, Status
 
 _ERRORS = (
-    "ActorFailure CheckpointError ConfigError DeadlineError LlmcadError MemoryCapError OverBudgetError "
-    "RuntimeFailure StorageError TokenizerError UserError"
+    "ActorFailure CheckpointError ConfigError DeadlineError EngineBusyError EngineClosedError LlmcadError "
+    "MemoryCapError OverBudgetError RuntimeFailure StorageError TokenizerError UserError"
 )
 _HOMES = {
     "Engine": "engine",
@@ -44,6 +46,8 @@ __all__ = [
     "ConfigError",
     "DeadlineError",
     "Engine",
+    "EngineBusyError",
+    "EngineClosedError",
     "EngineConfig",
     "LlmcadError",
     "MemoryCapError",

@@ -23,6 +23,7 @@ from llmcad_actors.errors import ConfigError, LlmcadError
 from llmcad_actors.interruption import exit_code, told_by
 from llmcad_actors.planning import Prepared, prepare
 from llmcad_actors.results import Result
+from llmcad_actors.shorthand import DEMO_MEMORY, spelled_out
 from llmcad_actors.status import StatusLine
 from llmcad_actors.trace_file import check_writable, read_trace
 from llmcad_actors.trace_picture import draw
@@ -37,7 +38,6 @@ app = typer.Typer(
 screen = Console(stderr=True)
 P = ParamSpec("P")
 
-DEMO_MEMORY = "1.5GB"
 DEMO_PROMPT = "def read_lines(path):\n    "
 
 Target = Annotated[
@@ -133,15 +133,9 @@ def job_from_options(
     settings = (read_config(config) if config else {}) | options
     if target != DEMO or "target" not in settings:
         settings["target"] = target
-    if draft or "draft" not in settings:
+    if draft:
         settings["draft"] = draft
-    if settings["target"] == DEMO:
-        settings["target"] = str(_demo_target(DEMO_BYTES))
-        settings["draft"] = settings["draft"] or str(bundled_draft())
-        settings.setdefault("memory", DEMO_MEMORY)
-    if settings["draft"] in ("", "none"):
-        settings["draft"] = None
-    return _prepared(EngineConfig(**settings))
+    return _prepared(spelled_out(EngineConfig(**settings), _demo_target))
 
 
 def parse_widths(text: str) -> tuple[int, ...]:
@@ -298,7 +292,7 @@ def _prepared(config: EngineConfig) -> Prepared:
     return job
 
 
-def _demo_target(size_bytes: int) -> Path:
+def _demo_target(size_bytes: int = DEMO_BYTES) -> Path:
     with RichProgress(console=screen, transient=True) as bar:
         task = bar.add_task("enlarging the bundled target (once)", total=None)
         return demo_target(size_bytes, lambda done, total: bar.update(task, completed=done, total=total))

@@ -1,14 +1,18 @@
 """Settings: frozen values, read from YAML with unknown keys refused, and the specs that actors are built from."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any
+from textwrap import indent
+from typing import Any, TypedDict, TypeVar
 
 import yaml
 
+from llmcad_actors import checks
 from llmcad_actors.errors import ConfigError
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 BUILDERS = ("best-first", "pacer")
 FALLBACKS = ("marginal", "adaptive", "fixed-depth", "fixed-tree", "token-confidence", "full-tree")
@@ -16,65 +20,157 @@ READINGS = ("power", "average")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
+MOST = 10**6  # of what is counted
+MOST_THREADS = 4096
+MOST_BYTES = 2**40
+
+_COUNTS = dict.fromkeys(("max_nodes", "batch", "children", "depth", "prefill_chunk"), MOST) | {
+    "piece_bytes": MOST_BYTES
+}
+_OPTIONAL_COUNTS = {
+    "max_context": 10**9,
+    "threads": MOST_THREADS,
+    "draft_threads": MOST_THREADS,
+    "read_threads": MOST_THREADS,
+    "chunk_bytes": MOST_BYTES,
+}
+_WORDS = {"dtype": DTYPES, "builder": BUILDERS, "fallback": FALLBACKS, "alpha_update": READINGS}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Everything an engine needs to know before it starts. `ConfigError` names a setting that cannot be."""
+    """Everything an engine needs to know before it starts. Raises `ConfigError`, which names a setting that cannot be.
+
+    What to run:
+      target: a Hugging Face directory, the name of a model in the local cache, or "demo", the bundled one.
+      draft: a small model with the same tokenizer, likewise; "none" or None: no draft, one token a pass (of the
+        demo, None is the bundled draft).
+      memory: cap on all that llmcad adds to the machine: "1.5GB", "512MiB", "75%" of the memory, or a number of bytes;
+        None: 75%, of the demo 1.5 GB.
+      dtype: compute in "auto", the stored type, or in "float32" or "bfloat16".
+      max_context: tokens of prompt and output to plan for; None: the model's, 2048 at most.
+
+    How the draft drafts, and when its tree is checked:
+      max_nodes: tree nodes checked in one pass at most.
+      builder: how the tree grows: "best-first" or "pacer".
+      fallback: when the draft hands over: "marginal", "adaptive", "fixed-depth", "fixed-tree", "token-confidence" or
+        "full-tree".
+      depth: of fixed-depth: tokens drafted in a row.
+      widths: of fixed-tree: children at each level.
+      alpha: of adaptive: the first threshold of cumulative confidence, between 0 and 1.
+      alpha_update: of adaptive: how the threshold follows verdicts: "power", as the paper has it, or "average".
+      threshold: of token-confidence: hand over below it, between 0 and 1.
+      provisional: go on drafting while a pass runs.
+      batch: tree nodes that a draft step runs.
+      children: candidates kept of each node.
+      sharpen: of best-first: learn how much more certain of a token the target is than the draft.
+
+    How the machine is used:
+      threads: of the verifier; None: as many as there are cores.
+      draft_threads: None: 1 for a small draft, else as many as there are cores.
+      read_threads: None: what suits the disk.
+      chunk_bytes: of one read request; None: what suits the disk.
+      piece_bytes: neighbouring tensors up to this size are read in one go.
+      read_limit: hold the reads to a rate, such as "400MB/s"; None: no limit.
+      prefill_chunk: rows of a long prompt that a layer computes at once.
+      read_ahead: False, for comparison, reads a shard only when it is asked for.
+    """
 
     target: str
-    draft: str | None = None  # a directory, or None: no draft, one token a pass
-    memory: str = "75%"  # cap on all that llmcad adds to the machine: "1.5GB", "512MiB", "75%" of RAM
-    dtype: str = "auto"  # compute in the stored type, or "float32", "bfloat16"
-    max_nodes: int = 128  # tree nodes verified in one pass at most
-    max_context: int | None = None  # tokens of prompt and output planned for; default: the model's, 2048 at most
+    draft: str | None = None
+    memory: str | int | None = None
+    dtype: str = "auto"
+    max_nodes: int = 128
+    max_context: int | None = None
     builder: str = "best-first"
     fallback: str = "marginal"
-    depth: int = 4  # of fixed-depth
-    widths: tuple[int, ...] = (1, 1, 3, 1, 1, 1, 1, 1)  # of fixed-tree
-    alpha: float = 0.01  # of adaptive
-    alpha_update: str = "power"  # of adaptive: the reading of the paper's update rule, or "average"
-    threshold: float = 0.4  # of token-confidence
-    provisional: bool = True  # go on drafting while a pass runs
-    batch: int = 16  # tree nodes a draft step runs
-    children: int = 16  # candidates kept of each
-    sharpen: bool = True  # of best-first: learn how much surer the target is than the draft
-    threads: int | None = None  # of the verifier; default: the cores
-    draft_threads: int | None = None  # default: 1 for a small draft, else the cores
-    read_threads: int | None = None  # default: what suits the disk
-    chunk_bytes: int | None = None  # one read request; default: what suits the disk
-    piece_bytes: int = 32 << 20  # neighbouring tensors that are read in one go
-    read_limit: str | None = None  # "400MB/s": hold the reads to a rate
-    prefill_chunk: int = 256  # rows of a long prompt that a layer computes at once
-    read_ahead: bool = True  # False, for comparison: read a shard only when it is asked for
+    depth: int = 4
+    widths: tuple[int, ...] = (1, 1, 3, 1, 1, 1, 1, 1)
+    alpha: float = 0.01
+    alpha_update: str = "power"
+    threshold: float = 0.4
+    provisional: bool = True
+    batch: int = 16
+    children: int = 16
+    sharpen: bool = True
+    threads: int | None = None
+    draft_threads: int | None = None
+    read_threads: int | None = None
+    chunk_bytes: int | None = None
+    piece_bytes: int = 32 << 20
+    read_limit: str | None = None
+    prefill_chunk: int = 256
+    read_ahead: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("builder", self.builder, BUILDERS)
-        _one_of("fallback", self.fallback, FALLBACKS)
-        _one_of("alpha_update", self.alpha_update, READINGS)
-        counts = (
-            "max_nodes",
-            "batch",
-            "children",
-            "depth",
-            "piece_bytes",
-            "prefill_chunk",
-        )
-        for name in counts:
-            _at_least(name, getattr(self, name), 1)
-        for name in ("max_context", "threads", "draft_threads", "read_threads", "chunk_bytes"):
-            if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
-        for name in ("target", "draft", "memory", "read_limit"):
-            _of_type(name, getattr(self, name), str, "text")
+        self._check("target", checks.path, "a path or a name")
+        self._check("draft", checks.path, "a path or a name", optional=True)
+        self._check("memory", _memory, optional=True)
+        self._check("read_limit", checks.text, "a rate such as '400MB/s'", optional=True)
+        for name, known in _WORDS.items():
+            self._check(name, checks.one_of, known)
+        for name, most in _COUNTS.items():
+            self._check(name, checks.whole_number, 1, most)
+        for name, most in _OPTIONAL_COUNTS.items():
+            self._check(name, checks.whole_number, 1, most, optional=True)
         for name in ("provisional", "sharpen", "read_ahead"):
-            _of_type(name, getattr(self, name), bool, "true or false")
-        _of_type("widths", self.widths, tuple, "a list of numbers")
-        if not self.widths or not all(isinstance(width, int) and width >= 1 for width in self.widths):
-            raise ConfigError(f"widths: {self.widths} must be one or more numbers above 0, such as 1,1,3,1")
+            self._check(name, checks.flag)
         for name in ("alpha", "threshold"):
-            _of_type(name, getattr(self, name), int | float, "a number")
-            if not 0 < getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} must lie between 0 and 1")
+            self._check(name, checks.share)
+        self._check("widths", checks.counts, MOST)
+
+    def _check(self, name: str, check: Callable[..., Any], *limits: Any, optional: bool = False) -> None:
+        """The field becomes what `check` makes of it."""
+        value = getattr(self, name)
+        if value is not None or not optional:
+            object.__setattr__(self, name, check(name, value, *limits))
+
+
+def _memory(name: str, value: object) -> str:
+    if isinstance(value, str):
+        return checks.text(name, value)
+    if not checks.is_whole(value):
+        raise ConfigError(f"{name}: {checks.shown(value)} must be text, such as '1.5GB', or a whole number of bytes")
+    return str(checks.whole_number(name, value, 1, MOST_BYTES * 1024))
+
+
+class Settings(TypedDict, total=False):
+    """`EngineConfig`'s fields but target, draft and memory, as keyword arguments."""
+
+    dtype: str
+    max_nodes: int
+    max_context: int | None
+    builder: str
+    fallback: str
+    depth: int
+    widths: Sequence[int]
+    alpha: float
+    alpha_update: str
+    threshold: float
+    provisional: bool
+    batch: int
+    children: int
+    sharpen: bool
+    threads: int | None
+    draft_threads: int | None
+    read_threads: int | None
+    chunk_bytes: int | None
+    piece_bytes: int
+    read_limit: str | None
+    prefill_chunk: int
+    read_ahead: bool
+
+
+def documents_settings(function: F) -> F:
+    """Adds what `EngineConfig` says of its fields to the documentation of a function that takes them as keywords."""
+    fields = (EngineConfig.__doc__ or "").partition("\n\n")[2]
+    function.__doc__ = f"{(function.__doc__ or '').rstrip()}\n\n{indent(fields, ' ' * 4)}"
+    return function
+
+
+def setting_names() -> tuple[str, ...]:
+    """`EngineConfig`'s fields."""
+    return tuple(field.name for field in dataclasses.fields(EngineConfig))
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -96,21 +192,6 @@ def read_config(file: Path) -> dict[str, Any]:
     if isinstance(data.get("widths"), list):
         data["widths"] = tuple(data["widths"])
     return {key: value for key, value in data.items() if value is not None}
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name}: {value!r} is not known; choose one of {', '.join(known)}")
-
-
-def _of_type(name: str, value: Any, kind: type | UnionType, words: str) -> None:
-    if value is not None and not isinstance(value, kind):
-        raise ConfigError(f"{name}: {value!r} must be {words}")
-
-
-def _at_least(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}: {value!r} must be a whole number of at least {least}")
 
 
 @dataclass(frozen=True, slots=True)

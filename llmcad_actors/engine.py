@@ -1,28 +1,33 @@
 """The door: launch an engine, generate, stream, close. Runs in the user's process; no torch here."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from tokenizers import Tokenizer
 
 import llmcad_actors.errors as errors
+from llmcad_actors import checks
 from llmcad_actors.actors.calls import fetch
 from llmcad_actors.actors.guard import Guard
 from llmcad_actors.actors.lean_ray import LocalRay
 from llmcad_actors.actors.memory import MemoryWatcher, process_pss
+from llmcad_actors.actors.own_ray import end_ray, start_ray
 from llmcad_actors.actors.runtime import Actors, start_actors
-from llmcad_actors.config import EngineConfig
+from llmcad_actors.config import EngineConfig, Settings, documents_settings, setting_names
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.disk_settings import meet_disk
-from llmcad_actors.errors import ConfigError, LlmcadError, RuntimeFailure
+from llmcad_actors.errors import ConfigError, EngineClosedError, LlmcadError, RuntimeFailure, StorageError
 from llmcad_actors.messages import Event, Failed, Finished, Progress, Provisional, Request, Tokens, pack, unpack
 from llmcad_actors.models.tokenizer import Detokenizer, StopStrings, is_plain, plain_tokenizer
 from llmcad_actors.planning import Prepared, prepare
+from llmcad_actors.request_options import RequestOptions
 from llmcad_actors.results import Piece, Result, Status
 from llmcad_actors.tracing import traced
+from llmcad_actors.turn import CLOSED, Turn
 
 POLL_S = 0.25
 CALL_TIMEOUT_S = 60.0
@@ -30,13 +35,33 @@ TOKENIZER_TIMEOUT_S = 120.0
 
 
 class Engine:
-    """A target and its draft, ready to generate. One request at a time; close it, or use it as a context manager."""
+    """A target and its draft, ready to generate. Close it, or use it as a context manager.
+
+        with Engine.launch("./Llama-2-13b", "./TinyLlama", memory="4GB") as engine:
+            for piece in engine.stream("Once upon a time", max_new_tokens=128):
+                print(piece.text, end="", flush=True)
+
+    One request at a time: another one meanwhile, from whatever thread, raises `EngineBusyError`. A stream is a request
+    from its first piece until it is read to its end, closed, or forgotten. An engine that is closed raises
+    `EngineClosedError`. An engine starts a Ray of its own, which has room for one; several in a process are possible
+    where the process has called `ray.init()` before.
+
+    All that is raised on purpose is a `LlmcadError`: `ConfigError` for a value that cannot be, `StorageError` where a
+    file of the model changed under a run, `CheckpointError` where its numbers are no numbers.
+    """
 
     def __init__(self, prepared: Prepared, ray_: LocalRay, actors: Actors, watcher: MemoryWatcher) -> None:
+        """For `start`; the engine takes over what it is given, and ends it."""
         self.prepared = prepared
-        self._ray = ray_
         self._actors = actors
         self._watcher = watcher
+        self._turn = Turn()
+        self._ending = threading.RLock()
+        self._end = ExitStack()  # from the last to the first
+        self._end.callback(end_ray, ray_)
+        self._end.callback(actors.close)
+        self._end.callback(watcher.close)
+        self._end.callback(self._turn.close)
         pinned = [spec.nbytes for spec in prepared.layout.shards if spec.name in prepared.memory.pinned]
         self._guard = Guard(actors.verifier, pinned, prepared.memory.cap_bytes)
         watcher.tell(self._guard.look)
@@ -45,28 +70,26 @@ class Engine:
         self._stats: Stats | None = None
 
     @classmethod
+    @documents_settings
     def launch(
         cls,
         target: str | os.PathLike[str],
         draft: str | os.PathLike[str] | None = None,
         *,
-        memory: str = "75%",
+        memory: str | int | None = None,
         say: Callable[[str], None] = lambda what: None,
         count_caller: bool = False,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> Self:
-        """Check, plan, start the actors and pin what stays. Settings are `EngineConfig`'s fields.
+        """Check, plan, start the actors and pin what stays; returns when the engine is ready.
 
         `memory` caps all that llmcad adds to the machine; of the calling process only the growth from now on is
         counted, unless `count_caller`. `say` is told what is being waited for. Raises `UserError` for bad input,
-        before any process is started; `RuntimeFailure` when the start breaks.
+        before any process is started; `RuntimeFailure` when the start breaks; `EngineBusyError` while another engine
+        of this process runs a Ray of its own.
         """
-        try:
-            config = EngineConfig(
-                target=str(target), draft=None if draft is None else str(draft), memory=memory, **settings
-            )
-        except TypeError as error:
-            raise ConfigError(f"unknown setting: {error}") from None
+        checks.known_names("setting", settings, setting_names())
+        config = EngineConfig(target=target, draft=draft, memory=memory, **settings)  # type: ignore[arg-type]
         return cls.start(prepare(config), say=say, count_caller=count_caller)
 
     @classmethod
@@ -74,14 +97,18 @@ class Engine:
         cls, prepared: Prepared, *, say: Callable[[str], None] = lambda what: None, count_caller: bool = False
     ) -> Self:
         """`launch` for a job that has been prepared."""
+        checks.function("say", say)
+        count_caller = checks.flag("count_caller", count_caller)
         baseline = 0 if count_caller else process_pss(os.getpid())[0]
         watcher = MemoryWatcher(os.getpid(), baseline_bytes=baseline)
         for notice in prepared.notices:
             say(notice)
         meet_disk(prepared.config, prepared.target, say)
         say("starting Ray")
-        ray_ = LocalRay(prepared.memory.store_bytes)
-        try:
+        with ExitStack() as undo:
+            ray_ = start_ray(prepared.memory.store_bytes)
+            undo.callback(end_ray, ray_)
+            undo.callback(watcher.close)
             watcher.start()
             actors = start_actors(
                 ray_.line,
@@ -92,30 +119,54 @@ class Engine:
                 prepared.costs(),
                 say,
             )
-            return cls(prepared, ray_, actors, watcher)
-        except BaseException:
-            watcher.close()
-            ray_.close()
-            raise
+            undo.callback(actors.close)
+            engine = cls(prepared, ray_, actors, watcher)
+            undo.pop_all()  # from now on by `close`
+            return engine
 
     def __enter__(self) -> Self:
+        self._turn.check_open()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """End the actors, and Ray if the engine started it. Leaves no process and no shared memory."""
-        self._watcher.close()
-        self._actors.close()
-        self._ray.close()
+        """End the actors, and Ray if the engine started it. Leaves no process and no shared memory.
 
-    def generate(self, prompt: str, **options: Any) -> Result:
-        """Continue `prompt` to the end; options as for `stream`."""
-        return self.result(list(self.stream(prompt, **options)))
+        May be called again, from any thread, and during a request, which ends with `EngineClosedError`.
+        """
+        with self._ending:
+            self._end.close()
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 128,
+        stop: str | Sequence[str] = (),
+        chat: bool = False,
+        speculate: bool = True,
+        trace: str | os.PathLike[str] | None = None,
+    ) -> Result:
+        """Continue `prompt` greedily, to the end.
+
+        max_new_tokens: at most; 1 or more. What the planned context has no room for is left out.
+        stop: a string that ends the text, or several; none of them is part of it.
+        chat: `prompt` is a user's message, and the model's chat template goes around it.
+        speculate: False asks for one token a pass, without the draft; the text is the same.
+        trace: a file that what every actor does is written to, for `llmcad trace`.
+
+        Raises `ConfigError`, `EngineBusyError`, `EngineClosedError`, or what broke.
+        """
+        options = RequestOptions(
+            prompt, max_new_tokens=max_new_tokens, stop=stop, chat=chat, speculate=speculate, trace=trace
+        )
+        with self._turn.request():
+            return self.result(list(self._run(options, self._request(options))))
 
     def result(self, pieces: Sequence[Piece]) -> Result:
-        """The last request's pieces, put together."""
+        """The last request's pieces, put together. Answered by a closed engine too."""
         accepted = [piece for piece in pieces if not piece.provisional]
         ids = tuple(i for piece in accepted for i in piece.token_ids)
         return Result("".join(piece.text for piece in accepted), ids, self._finish_reason, self.stats)
@@ -125,37 +176,41 @@ class Engine:
         prompt: str,
         *,
         max_new_tokens: int = 128,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         chat: bool = False,
         speculate: bool = True,
         provisional: bool = False,
         trace: str | os.PathLike[str] | None = None,
-    ) -> Iterator[Piece]:
-        """Continue `prompt` greedily, yielding text as it is accepted.
+    ) -> Generator[Piece]:
+        """Continue `prompt` greedily, yielding text as it is accepted; options and errors as of `generate`.
 
-        stop: strings that end the text (they are not part of it). chat: `prompt` is a user's message, and the
-        model's chat template goes around it. speculate=False: one token a pass.
         provisional: also yield the draft's guess while a pass runs; the next piece that is not provisional
-        replaces it. trace: a file that what every actor does is written to, for `llmcad trace`.
+        replaces it.
+
+        The request begins with the first piece that is asked for. `close()` of what is returned ends it early.
         """
-        ids = self._encode_chat(prompt) if chat else self._encode(prompt)
-        request = Request(
-            ids, self._room(ids, max_new_tokens), self.prepared.stop_tokens, speculate, self.prepared.config.provisional
+        options = RequestOptions(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            chat=chat,
+            speculate=speculate,
+            provisional=provisional,
+            trace=trace,
         )
-        context = () if self.prepared.is_encoder_decoder else ids  # what the new text goes on from
-        with traced(trace, self._actors, self.prepared, request):
-            yield from self._run(request, Detokenizer(self._tokenizer, context), StopStrings(stop), provisional)
+        self._turn.check()
+        return self._stream(options, self._request(options))
 
     @property
     def stats(self) -> Stats:
-        """Of the last request; disk and memory figures once it has ended."""
+        """Of the last request; disk and memory figures once it has ended. Answered by a closed engine too."""
         if self._stats is None:
             raise RuntimeFailure("no request has been finished")
         return self._stats
 
     def status(self) -> Status:
-        """Where the running request is."""
-        progress = self._progress()
+        """Where the running request is. May be asked from any thread."""
+        progress, stats = self._progress(), self._stats
         return Status(
             progress.shard,
             progress.index,
@@ -164,15 +219,33 @@ class Engine:
             progress.read_seconds,
             self._watcher.current_bytes,
             self.prepared.memory.cap_bytes,
-            self._stats.new_tokens if self._stats else 0,
-            self._stats.tokens_per_pass if self._stats else 0.0,
+            stats.new_tokens if stats else 0,
+            stats.tokens_per_pass if stats else 0.0,
         )
 
-    def _run(
+    def _request(self, options: RequestOptions) -> Request:
+        """The request in the target's tokens. Raises `ConfigError` where there is no room for it."""
+        ids = self._encode_chat(options.prompt) if options.chat else self._encode(options.prompt)
+        room = self._room(ids, options.max_new_tokens)
+        return Request(ids, room, self.prepared.stop_tokens, options.speculate, self.prepared.config.provisional)
+
+    def _stream(self, options: RequestOptions, request: Request) -> Generator[Piece]:
+        with self._turn.request():
+            yield from self._run(options, request)
+
+    def _run(self, options: RequestOptions, request: Request) -> Generator[Piece]:
+        """The request, whose turn it is."""
+        context = () if self.prepared.is_encoder_decoder else request.prompt  # what the new text goes on from
+        detokenizer, stops = Detokenizer(self._tokenizer, context), StopStrings(options.stop)
+        self.prepared.check_unchanged()
+        with traced(options.trace, self._actors, self.prepared, request):
+            yield from self._decode(request, detokenizer, stops, options.provisional)
+
+    def _decode(
         self, request: Request, detokenizer: Detokenizer, stops: StopStrings, provisional: bool
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece]:
         self._finish_reason, self._stats, before, shed = "", None, self._progress(), self._guard.num_shed
-        self._call(self._actors.coordinator.start.remote(pack(request)), "the request")
+        self._call("the request", self._actors.coordinator.start, pack(request))
         try:
             while not self._finish_reason:
                 for event in self._poll():
@@ -181,18 +254,32 @@ class Engine:
             if tail := stops.feed(detokenizer.flush(), final=True):
                 yield Piece(tail, ())
         finally:
-            with suppress(LlmcadError):  # what broke the request is being raised
+            self._finish(before, shed)
+
+    def _finish(self, before: Progress, shed: int) -> None:
+        """Whatever ended the request: nothing of it goes on, and its figures are as whole as they can be."""
+        with suppress(LlmcadError):  # what broke the request is being raised; a closed engine has no figures
+            with self._turn.call():
                 self._actors.coordinator.cancel.remote()
-                if self._stats is not None:
-                    self._stats = self._completed(self._stats, before, shed)
+            if self._stats is not None:
+                self._stats = self._completed(self._stats, before, shed)
 
     def _poll(self) -> Iterator[Event]:
-        for event in unpack(self._call(self._actors.coordinator.events.remote(POLL_S), "the coordinator")):
+        for event in unpack(self._call("the coordinator", self._actors.coordinator.events, POLL_S)):
             if isinstance(event, Failed):
-                raise getattr(errors, event.kind, RuntimeFailure)(event.message)
+                raise self._failure(event)
             yield event
             if self._finish_reason:
                 return
+
+    def _failure(self, event: Failed) -> LlmcadError:
+        """What broke the request; a model whose files changed under it explains whatever else went wrong."""
+        error: LlmcadError = getattr(errors, event.kind, RuntimeFailure)(event.message)
+        try:
+            self.prepared.check_unchanged()
+        except StorageError as change:
+            return change
+        return EngineClosedError(CLOSED) if self._turn.is_closed else error
 
     def _handle(self, event: Event, detokenizer: Detokenizer, stops: StopStrings) -> Iterator[Piece]:
         if isinstance(event, Provisional):
@@ -225,8 +312,8 @@ class Engine:
         path = self.prepared.target.path
         tokenizer = plain_tokenizer(path)
         if tokenizer is None:
-            call = self._actors.verifier.tokenizer_json.remote()
-            tokenizer = Tokenizer.from_str(fetch(call, TOKENIZER_TIMEOUT_S, "the tokenizer"))
+            written = self._call("the tokenizer", self._actors.verifier.tokenizer_json, timeout_s=TOKENIZER_TIMEOUT_S)
+            tokenizer = Tokenizer.from_str(written)
         return tokenizer
 
     def _encode(self, prompt: str) -> tuple[int, ...]:
@@ -236,14 +323,13 @@ class Engine:
         """The template brings its own special tokens; the tokenizer adds none."""
         template = self.prepared.chat_template()
         if not is_plain(template.path):
-            tokens = unpack(fetch(self._actors.verifier.special_tokens.remote(), TOKENIZER_TIMEOUT_S, "the tokenizer"))
-            template = replace(template, special_tokens=tokens)
+            call = self._actors.verifier.special_tokens
+            tokens = self._call("the tokenizer", call, timeout_s=TOKENIZER_TIMEOUT_S)
+            template = replace(template, special_tokens=unpack(tokens))
         return tuple(self._tokenizer.encode(template.render(message), add_special_tokens=False).ids)
 
     def _room(self, ids: Sequence[int], max_new_tokens: int) -> int:
         """New tokens that fit behind the prompt."""
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens: {max_new_tokens} must be at least 1")
         room = self.prepared.room(len(ids))
         if room < 1:
             raise ConfigError(
@@ -253,8 +339,10 @@ class Engine:
         return min(max_new_tokens, room)
 
     def _progress(self) -> Progress:
-        progress: Progress = unpack(self._call(self._actors.loader.progress.remote(), "the loader"))
+        progress: Progress = unpack(self._call("the loader", self._actors.loader.progress))
         return progress
 
-    def _call(self, ref: Any, what: str) -> Any:
-        return fetch(ref, CALL_TIMEOUT_S, what)
+    def _call(self, what: str, method: Any, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        """What an actor's `method` answers. Raises `EngineClosedError`, or as `fetch`."""
+        with self._turn.call():
+            return fetch(method.remote(*args), timeout_s, what)

@@ -10,6 +10,8 @@ LlmcadError
   RuntimeFailure            the run broke; exit code 1
     ActorFailure            an actor died or raised
     DeadlineError           a wait passed its deadline
+    EngineBusyError         another request, or another engine of this process, is in the way
+    EngineClosedError       the engine has been closed
     OverBudgetError         a byte budget would have been exceeded (a bug, never a user's mistake)
 """
 
@@ -56,6 +58,14 @@ class ActorFailure(RuntimeFailure):
 
 class DeadlineError(RuntimeFailure):
     """A wait passed its deadline."""
+
+
+class EngineBusyError(RuntimeFailure):
+    """Another request, or another engine of this process, is in the way; the message says what to do about it."""
+
+
+class EngineClosedError(RuntimeFailure):
+    """The engine has been closed: it answers nothing any more."""
 
 
 class OverBudgetError(RuntimeFailure):

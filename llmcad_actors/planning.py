@@ -25,6 +25,7 @@ from llmcad_actors.models.families import family_of
 from llmcad_actors.models.generation_rules import active_rules, ignored_rules
 from llmcad_actors.models.tokenizer import check_same_vocabulary
 from llmcad_actors.processor import cores
+from llmcad_actors.shorthand import spelled_out
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import Layout, layout_of
 
@@ -78,6 +79,12 @@ class Prepared:
         from llmcad_actors.models.chat import read_chat_template  # here: jinja2 takes 6 MB, and few ask for it
 
         return read_chat_template(self.target.path)
+
+    def check_unchanged(self) -> None:
+        """Raises `StorageError` where a file of the target or the draft is no longer the one that was planned for."""
+        for checkpoint in (self.target, self.draft):
+            if checkpoint is not None:
+                checkpoint.check_unchanged()
 
     def policy(self) -> Policy:
         """The fallback policy that the settings name."""
@@ -194,6 +201,7 @@ class Prepared:
 
 def prepare(config: EngineConfig) -> Prepared:
     """Open and check everything, and split the memory cap. Raises the `UserError` that says what is wrong."""
+    config = spelled_out(config)
     target = Checkpoint.open(find_model(config.target))
     layout = layout_of(target)
     active_rules(target.generation_settings, layout.embedding.shape[0])  # wrong values are refused here
@@ -208,7 +216,7 @@ def prepare(config: EngineConfig) -> Prepared:
             f"max_context: {context} is more than the target's context of {context_of(target.config)} tokens"
         )
     limit = memory_limit()
-    cap, notices = within(parse_size(config.memory, limit.limit_bytes), limit)
+    cap, notices = within(parse_size(str(config.memory), limit.limit_bytes), limit)
     memory = plan(budget_inputs(config, target, layout, draft, context), cap)
     return Prepared(
         config, target, layout, draft, memory, context, (*notices, *unfollowed(target), *slow_window(memory))

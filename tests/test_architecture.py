@@ -121,6 +121,8 @@ PUBLIC = [
     "ConfigError",
     "DeadlineError",
     "Engine",
+    "EngineBusyError",
+    "EngineClosedError",
     "EngineConfig",
     "LlmcadError",
     "MemoryCapError",

@@ -231,7 +231,7 @@ def test_an_unknown_option_is_refused(llmcad: Llmcad) -> None:
         (b"\xff\xfe\xfa", "settings.yaml is not YAML"),
         (b"just words", "expected `setting: value` lines"),
         (b"memry: 4GB", "unknown setting 'memry'; known: alpha, .*batch, .*memory"),
-        (b"memory: 4000", "memory: 4000 must be text"),
+        (b"memory: 4.5", r"memory: 4\.5 must be text, such as '1.5GB', or a whole number of bytes"),
         (b"alpha: high", "alpha: 'high' must be a number"),
         (b"widths: 3", "widths: 3 must be a list of numbers"),
     ],

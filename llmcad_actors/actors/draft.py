@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from llmcad_actors.actors import quiet
 from llmcad_actors.actors.library_pages import drop_code
 from llmcad_actors.config import DraftSpec
 from llmcad_actors.core.builders import make_builder
@@ -24,16 +25,19 @@ class DraftActor:
         # Here, not above: the process that starts the actors knows this class, and has no torch.
         from llmcad_actors.models import thin_imports
 
+        quiet.before_imports()
         thin_imports.install()
         import torch
 
         from llmcad_actors.models.draft import Draft, DraftModel
         from llmcad_actors.models.tensors import compute_dtype
 
+        quiet.after_imports()
         setup: DraftSpec = unpack(spec)
         torch.set_num_threads(setup.threads)
         path = Path(setup.path)
-        dtype = compute_dtype(Checkpoint.open(path).dtype, setup.dtype)
+        self._checkpoint = Checkpoint.open(path)
+        dtype = compute_dtype(self._checkpoint.dtype, setup.dtype)
         model = DraftModel(
             path, dtype=dtype, vocab=setup.vocab, context=setup.context, slots=setup.slots, children=setup.children
         )
@@ -59,6 +63,7 @@ class DraftActor:
 
     def grow(self, order: bytes) -> bytes:
         verdict, policy, costs = unpack(order)
+        self._checkpoint.check_unchanged()  # the weights are mapped: they would change with the file
         return pack(self._draft.grow(verdict, policy, costs))
 
     def extend(self) -> bytes:

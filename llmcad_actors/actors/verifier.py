@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llmcad_actors.actors import quiet
 from llmcad_actors.actors.library_pages import drop_code
 from llmcad_actors.actors.shards import LeasedShards
 from llmcad_actors.actors.traced import TracedShards
@@ -19,12 +20,14 @@ class VerifierActor:
         # Here, not above: the process that starts the actors knows this class, and has no torch.
         from llmcad_actors.models import thin_imports
 
+        quiet.before_imports()
         thin_imports.install()
         import torch
 
         from llmcad_actors.models.target import Target
         from llmcad_actors.models.tensors import compute_dtype
 
+        quiet.after_imports()
         setup: VerifierSpec = unpack(spec)
         torch.set_num_threads(setup.threads)
         self._path = Path(setup.path)

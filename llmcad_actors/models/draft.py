@@ -26,6 +26,7 @@ from llmcad_actors.models.families import family_of
 from llmcad_actors.models.kv_cache import TreeCache
 from llmcad_actors.models.skeleton import auto_model
 from llmcad_actors.models.softcap import soft_capped, softcap_of
+from llmcad_actors.models.sound import is_sound, not_finite
 from llmcad_actors.models.stacks import stack_of
 from llmcad_actors.models.target import common_prefix
 from llmcad_actors.models.thin_imports import with_shapes
@@ -42,6 +43,7 @@ class DraftModel:
 
         context, slots: rows of the cache for the committed prefix and for tree nodes.
         """
+        self._path = path
         config = AutoConfig.from_pretrained(path, local_files_only=True).to_dict()
         family = family_of(config)
         load = partial(auto_model(family).from_pretrained, path, dtype=dtype, local_files_only=True)
@@ -122,6 +124,8 @@ class DraftModel:
         logits = self._head(hidden) if self._logits_bias is None else self._head(hidden) + self._logits_bias
         logits = soft_capped(logits[:, : self._vocab], self._softcap).float()
         values, tokens = logits.topk(self._children, dim=-1)
+        if not is_sound(values[:, 0]).all():
+            raise not_finite("draft", self._path, self._mask_dtype)
         return tokens.numpy(), (values - logits.logsumexp(dim=-1, keepdim=True)).numpy()
 
 

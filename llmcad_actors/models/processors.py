@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from llmcad_actors.core.tree import ROOT, TokenTree
+from llmcad_actors.errors import CheckpointError
+from llmcad_actors.models.sound import is_sound
 
 
 class PathChoices:
@@ -42,7 +44,13 @@ class PathChoices:
         path = self._tree.path(ROOT + row)
         ids = torch.tensor([[*self._committed, *self._tree.tokens[list(path)].tolist()]])
         scores = self._logits[row : row + 1].to(torch.float32, copy=True)
-        return int(self._processors(ids, scores).argmax(dim=-1))
+        highest, token = self._processors(ids, scores).max(dim=-1)
+        if not is_sound(highest).all():
+            raise CheckpointError(
+                f"generation_config.json leaves no token to go on with after {ids.shape[1]} of prompt and text: its "
+                "settings forbid every one; correct the file, or remove the setting"
+            )
+        return int(token)
 
 
 def make_processors(

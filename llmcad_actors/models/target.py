@@ -18,7 +18,7 @@ from transformers import LogitsProcessorList
 from llmcad_actors.core.acceptance import Choices, walk
 from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import TokenTree
-from llmcad_actors.errors import CheckpointError
+from llmcad_actors.errors import CheckpointError, LlmcadError
 from llmcad_actors.messages import PassStats, Verdict
 from llmcad_actors.models import chunks, linear
 from llmcad_actors.models.embedding import EmbeddingRows
@@ -29,6 +29,7 @@ from llmcad_actors.models.kv_cache import TreeCache
 from llmcad_actors.models.processors import PathChoices, make_processors
 from llmcad_actors.models.skeleton import Slots, build_skeleton, stream_embedding, stream_layers
 from llmcad_actors.models.softcap import soft_capped, softcap_of
+from llmcad_actors.models.sound import SoundChoices, is_sound, not_finite
 from llmcad_actors.models.stacks import stack_of
 from llmcad_actors.models.tensors import DTYPES, as_tensor
 from llmcad_actors.ports import ShardSource
@@ -57,6 +58,7 @@ class Target:
         self.layout = layout
         self.source = source
         self.dtype = dtype
+        self._checkpoint = checkpoint
         self._model = model = build_skeleton(Path(checkpoint.path), dtype)
         self._linear = linear.chosen(DTYPES[checkpoint.dtype], dtype)
         self._is_widened = self._linear is linear.widened  # all matrices of all layers
@@ -148,7 +150,11 @@ class Target:
 
     @torch.inference_mode()
     def verify(self, tree: TokenTree) -> Verdict:
-        """One pass over the uncached committed tokens and `tree`; the accepted path is committed."""
+        """One pass over the uncached committed tokens and `tree`; the accepted path is committed.
+
+        Raises `StorageError` when a file of the checkpoint has changed since it was opened, and `CheckpointError` when
+        logits that a choice depends on are not finite.
+        """
         started, self._stall_s = time.perf_counter(), 0.0
         cached = self._cache.length
         pending = self._tokens[cached:]
@@ -157,8 +163,11 @@ class Target:
                 hidden, rows = self._forward(pending, tree)
                 choices = self._choices(hidden[len(pending) - 1 : len(pending) + len(tree)], tree)
                 accepted = walk(tree, choices, self._stop)
-        except BaseException:
+            self._checkpoint.check_unchanged()  # nothing comes of a pass that read what was being written
+        except BaseException as error:
             self._cache.keep(cached, ())  # the layers that did run have added rows
+            if isinstance(error, LlmcadError):
+                self._checkpoint.check_unchanged()  # which explains whatever else went wrong
             raise
         self._commit(tree, accepted.path, accepted.bonus, cached, len(pending))
         seconds = time.perf_counter() - started
@@ -203,8 +212,13 @@ class Target:
     def _choices(self, hidden: torch.Tensor, tree: TokenTree) -> Choices:
         """The target's own next token after each row of hidden states [nodes + 1, hidden]."""
         if not self._processors:
-            return self._choose(hidden)
-        return PathChoices(self._logits(hidden), self._processors, self._tokens, tree)
+            return SoundChoices(*self._choose(hidden), self._not_finite)
+        logits = self._logits(hidden)
+        chosen = PathChoices(logits, self._processors, self._tokens, tree)
+        return SoundChoices(chosen, is_sound(logits.max(dim=-1).values), self._not_finite)
+
+    def _not_finite(self) -> CheckpointError:
+        return not_finite("target", self._checkpoint.path, self.dtype)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Whole rows of logits [rows, vocab] in the computing type."""
@@ -215,16 +229,16 @@ class Target:
                 logits[:, spec.row_start : spec.row_start + part.shape[1]] = part
         return logits
 
-    def _choose(self, hidden: torch.Tensor) -> np.ndarray:
-        """The target's own next token after each row, int64 [rows]; ties go to the lowest id."""
+    def _choose(self, hidden: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
+        """The target's own next token after each row, int64 [rows], ties to the lowest id; and which rows are sound."""
         best = torch.full((len(hidden),), -torch.inf)
         choice = torch.zeros(len(hidden), dtype=torch.int64)
         for spec in self.layout.head:
             with self._leased(spec.name, spec.tensors) as tensors:
                 value, index = self._part_of_logits(hidden, spec, tensors).float().max(dim=-1)
-            better = value > best
+            better = (value > best) | value.isnan()  # once it is no number it stays so
             best[better], choice[better] = value[better], index[better] + spec.row_start
-        return choice.numpy()
+        return choice.numpy(), is_sound(best)
 
     def _part_of_logits(
         self, hidden: torch.Tensor, spec: ShardSpec, tensors: Mapping[str, torch.Tensor]

@@ -7,12 +7,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmcad_actors.errors import CheckpointError
 from llmcad_actors.storage.safetensors_header import TensorInfo, read_header
+from llmcad_actors.storage.stamp import Stamp, check_unchanged, stamps_of
 
 __all__ = ["SUPPORTED_DTYPES", "Checkpoint", "TensorInfo"]
 
@@ -36,6 +37,11 @@ class Checkpoint:
     generation_settings: Mapping[str, Any]
     """generation_config.json alone, whatever it leaves out; config.json where there is none, as transformers."""
     tensors: Mapping[str, TensorInfo]
+    stamps: Mapping[Path, Stamp] = field(init=False, repr=False, compare=False)
+    """The files of the tensors, as they were when they were opened."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stamps", stamps_of({info.file for info in self.tensors.values()}))
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
@@ -46,6 +52,10 @@ class Checkpoint:
         _check_dtypes(path, tensors.values())
         generation = path / "generation_config.json"
         return cls(path, config, _json(generation) if generation.is_file() else config, tensors)
+
+    def check_unchanged(self) -> None:
+        """Raises `StorageError` where a file of the tensors is no longer as it was when it was opened."""
+        check_unchanged(self.stamps)
 
     @property
     def total_bytes(self) -> int:
