@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     )
     from llmcad_actors.results import Piece, Result, Status
 
+    __version__: str
+
 _ERRORS = (
     "ActorFailure CheckpointError ConfigError DeadlineError EngineBusyError EngineClosedError LlmcadError "
     "MemoryCapError OverBudgetError RuntimeFailure StorageError TokenizerError UserError"
@@ -64,6 +66,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module(f"{__name__}.versions").own_version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

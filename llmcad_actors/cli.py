@@ -1,78 +1,76 @@
-"""The `llmcad` command: parses, prints, nothing else."""
+"""The `llmcad` command: parses, prints, nothing else.
+
+What is slow to import is imported by the command that needs it: help and completion come at once.
+"""
 
 import functools
-import inspect
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
-from rich.progress import Progress as RichProgress
-from rich.progress import TaskID
+from typer.core import TyperGroup
 
 from llmcad_actors import command
-from llmcad_actors.bundled import DEMO, DEMO_BYTES, bundled_draft, demo_target
-from llmcad_actors.cli_views import demo_table, plan_table
-from llmcad_actors.config import BUILDERS, FALLBACKS, READINGS, EngineConfig, read_config
-from llmcad_actors.core.budget import parse_size
-from llmcad_actors.engine import Engine
-from llmcad_actors.errors import ConfigError, LlmcadError
+from llmcad_actors.bundled import DEMO
+from llmcad_actors.cli_caches import add_cache_commands
+from llmcad_actors.cli_demo import demo_to_plan, made_demo
+from llmcad_actors.cli_examples import epilog
+from llmcad_actors.cli_notices import tell
+from llmcad_actors.cli_options import (
+    MODEL,
+    OUTPUT,
+    RESOURCES,
+    AsJson,
+    Chat,
+    MaxNewTokens,
+    Stop,
+    Threads,
+    TraceFile,
+    job_of,
+    takes_job,
+)
+from llmcad_actors.cli_prompt import STANDARD_INPUT, PromptCommand, prompt_text
+from llmcad_actors.core.sizes import parse_file_size
+from llmcad_actors.errors import LlmcadError
 from llmcad_actors.interruption import exit_code, told_by
-from llmcad_actors.planning import Prepared, prepare
-from llmcad_actors.results import Result
-from llmcad_actors.shorthand import DEMO_MEMORY, spelled_out
-from llmcad_actors.status import StatusLine
-from llmcad_actors.trace_file import check_writable, read_trace
-from llmcad_actors.trace_picture import draw
-from llmcad_actors.trace_views import summary_table, token_tree, write_chrome
+from llmcad_actors.prompt import check_prompt, check_text
+from llmcad_actors.shorthand import DEMO_MEMORY
+
+if TYPE_CHECKING:
+    from llmcad_actors.engine import Engine
+    from llmcad_actors.planning import Prepared
+    from llmcad_actors.results import Result
+    from llmcad_actors.status import StatusLine
+
+
+class Commands(TyperGroup):
+    """All commands; the two options for completion stand apart in the help."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)
+        for param in params:
+            if param.name in ("install_completion", "show_completion"):
+                vars(param)["rich_help_panel"] = "Completion in the shell"
+        return params
+
 
 app = typer.Typer(
+    cls=Commands,
     help="Run language models bigger than the memory you give them, with exactly the model's own output.",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 screen = Console(stderr=True)
 P = ParamSpec("P")
 
 DEMO_PROMPT = "def read_lines(path):\n    "
-
-Target = Annotated[
-    str, typer.Option(help="Model to run: a Hugging Face directory, a name in the local cache, or `demo`.")
-]
-Draft = Annotated[str, typer.Option(help="Small model with the same tokenizer: directory or name; `none`: no draft.")]
-Memory = Annotated[str | None, typer.Option(help="Cap on all that is used: 1.5GB, 512MiB, 75% of RAM.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
-Stop = Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Put the model's chat template around the text.")]
-Dtype = Annotated[str | None, typer.Option(help="Compute in: auto (as stored), float32, bfloat16.")]
-MaxNodes = Annotated[int | None, typer.Option(help="Tree nodes checked in one pass at most.")]
-MaxContext = Annotated[int | None, typer.Option(help="Tokens of prompt and output to plan for.")]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="One JSON object as the last line; nothing else on standard output.")
-]
-TraceFile = Annotated[
-    Path | None, typer.Option("--trace", help="Write what every part does to this file; see `llmcad trace`.")
-]
-Builder = Annotated[str | None, typer.Option(help=f"How the tree grows: {', '.join(BUILDERS)}.")]
-Fallback = Annotated[str | None, typer.Option(help=f"When the draft hands over: {', '.join(FALLBACKS)}.")]
-Depth = Annotated[int | None, typer.Option(help="Of fixed-depth: tokens drafted in a row.")]
-Widths = Annotated[str | None, typer.Option(help="Of fixed-tree: children at each level, such as 1,1,3,1.")]
-Alpha = Annotated[float | None, typer.Option(help="Of adaptive: the first threshold of cumulative confidence.")]
-AlphaUpdate = Annotated[
-    str | None, typer.Option(help=f"Of adaptive: how the threshold follows verdicts: {', '.join(READINGS)}.")
-]
-Threshold = Annotated[float | None, typer.Option(help="Of token-confidence: hand over below it.")]
-ProvisionalGrowth = Annotated[bool | None, typer.Option(help="Go on drafting while a pass runs.", show_default="on")]
-Sharpening = Annotated[
-    bool | None,
-    typer.Option(help="Of best-first: learn how much surer the target is than the draft.", show_default="on"),
-]
-ReadLimit = Annotated[str | None, typer.Option(help="Hold the disk reads to a rate, such as 400MB/s.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; options win over it.")]
+RUN, MACHINE, FILES = "Run models", "This machine", "Files"
 
 
 def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
@@ -92,66 +90,31 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-def takes_job(command: Callable[..., None]) -> Callable[..., None]:
-    """The command's first parameter, `job`, is made from the options that all such commands share."""
-    shared = inspect.signature(job_from_options).parameters
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != "job"]
+def show_version(is_asked: bool) -> None:
+    if is_asked:
+        from llmcad_actors.versions import summary
 
-    @functools.wraps(command)
-    def run(**options: Any) -> None:
-        job = job_from_options(**{name: options.pop(name) for name in shared})
-        command(job, **options)
-
-    run.__signature__ = inspect.Signature([*own, *shared.values()])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in (*own, *shared.values())}
-    return run
+        print(summary())
+        raise typer.Exit
 
 
-def job_from_options(
-    target: Target = DEMO,
-    draft: Draft = "",
-    memory: Memory = None,
-    dtype: Dtype = None,
-    max_nodes: MaxNodes = None,
-    max_context: MaxContext = None,
-    builder: Builder = None,
-    fallback: Fallback = None,
-    depth: Depth = None,
-    widths: Widths = None,
-    alpha: Alpha = None,
-    alpha_update: AlphaUpdate = None,
-    threshold: Threshold = None,
-    provisional: ProvisionalGrowth = None,
-    sharpen: Sharpening = None,
-    read_limit: ReadLimit = None,
-    config: ConfigFile = None,
-) -> Prepared:
-    """The checked job that options and the configuration file describe; options win."""
-    options = {k: v for k, v in locals().items() if v is not None and k not in ("target", "draft", "config")}
-    if "widths" in options:
-        options["widths"] = parse_widths(options["widths"])
-    settings = (read_config(config) if config else {}) | options
-    if target != DEMO or "target" not in settings:
-        settings["target"] = target
-    if draft:
-        settings["draft"] = draft
-    return _prepared(spelled_out(EngineConfig(**settings), _demo_target))
+@app.callback(epilog=epilog("llmcad"))
+def llmcad(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=show_version, help="Show the versions and exit.")
+    ] = False,
+) -> None:
+    """Run language models bigger than the memory you give them, with exactly the model's own output."""
 
 
-def parse_widths(text: str) -> tuple[int, ...]:
-    """ "1,1,3" -> (1, 1, 3); raises `ConfigError`."""
-    try:
-        return tuple(int(width) for width in text.split(","))
-    except ValueError:
-        raise ConfigError(f"widths: {text!r} must be whole numbers with commas between them, such as 1,1,3,1") from None
-
-
-@app.command()
+@app.command(cls=PromptCommand, epilog=epilog("generate"), rich_help_panel=RUN)
 @reports_errors
 @takes_job
 def generate(
-    job: Prepared,
-    prompt: Annotated[str, typer.Argument(help="Text to continue, or `-` to read it from standard input.")] = "-",
+    make_job: Callable[[], "Prepared"],
+    prompt: Annotated[
+        str, typer.Argument(help="Text to continue, or `-` to read it from standard input.")
+    ] = STANDARD_INPUT,
     max_new_tokens: MaxNewTokens = 128,
     stop: Stop = None,
     chat: Chat = False,
@@ -159,12 +122,19 @@ def generate(
     trace: TraceFile = None,
 ) -> None:
     """Continue a text with a model bigger than the memory cap; the text streams as it is accepted."""
+    from llmcad_actors.trace_file import check_writable
+
     check_writable(trace)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if chat:  # refused before anything starts, if at all
-        job.chat_template()
-    elif not text:
+    for name, given in (("the prompt", prompt), *(("--stop", each) for each in stop or ())):
+        check_text(given, name)
+    job = make_job()
+    text = prompt_text(prompt)
+    if not (text or chat):  # refused before anything starts, if at all
         job.opening()
+    tell(check_prompt(job, text, max_new_tokens, chat=chat))
+    from llmcad_actors.engine import Engine
+    from llmcad_actors.status import StatusLine
+
     with StatusLine(screen) as line, Engine.start(job, say=line.say, count_caller=True) as engine:
         options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "chat": chat, "trace": trace}
         result = _stream(engine, line, text, show=not as_json, **options)
@@ -172,32 +142,48 @@ def generate(
         print(json.dumps(_report(result, job)))
 
 
-@app.command()
+@app.command(epilog=epilog("plan"), rich_help_panel=RUN)
 @reports_errors
-@takes_job
-def plan(job: Prepared, as_json: AsJson = False) -> None:
+@partial(takes_job, make_demo=demo_to_plan)
+def plan(job: "Prepared", as_json: AsJson = False) -> None:
     """Show how the memory cap is split, what is pinned and what is streamed. Starts nothing."""
     if as_json:
         print(json.dumps(job.forecast()))
     else:
+        from llmcad_actors.cli_views import plan_table
+
         Console().print(plan_table(job))
 
 
-@app.command()
+@app.command(epilog=epilog("demo"), rich_help_panel=RUN)
 @reports_errors
 def demo(
-    size: Annotated[str, typer.Option(help="Bytes of the enlarged target.")] = "2.5GB",
-    memory: Annotated[str, typer.Option(help="Cap on all memory used.")] = DEMO_MEMORY,
+    size: Annotated[
+        str, typer.Option(help="Size of the enlarged target; made once, in the cache.", rich_help_panel=MODEL)
+    ] = "2.5GB",
+    memory: Annotated[str, typer.Option(help="Cap on all memory used.", rich_help_panel=RESOURCES)] = DEMO_MEMORY,
+    threads: Threads = None,
     max_new_tokens: MaxNewTokens = 96,
-    plain_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate without speculation.")] = 6,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = DEMO_PROMPT,
+    plain_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to generate without speculation.", rich_help_panel=OUTPUT)
+    ] = 6,
+    prompt: Annotated[str, typer.Option(help="Text to continue.", rich_help_panel=OUTPUT)] = DEMO_PROMPT,
     as_json: AsJson = False,
     trace: TraceFile = None,
 ) -> None:
     """Run the bundled model, enlarged beyond the memory cap, with speculation and without, and compare."""
+    from llmcad_actors.trace_file import check_writable
+
     check_writable(trace)
-    path = _demo_target(parse_size(size, 1))
-    job = _prepared(EngineConfig(target=str(path), draft=str(bundled_draft()), memory=memory))
+    check_text(prompt, "--prompt")
+    size_bytes = parse_file_size(size, "the demo's --size")
+    given = {"target": DEMO, "memory": memory} | ({"threads": threads} if threads else {})
+    job = job_of(given, lambda: made_demo(size_bytes))
+    tell(check_prompt(job, prompt, max_new_tokens))
+    from llmcad_actors.cli_views import demo_table
+    from llmcad_actors.engine import Engine
+    from llmcad_actors.status import StatusLine
+
     with StatusLine(screen) as line, Engine.start(job, say=line.say, count_caller=True) as engine:
         fast = _stream(engine, line, prompt, show=not as_json, max_new_tokens=max_new_tokens, trace=trace)
         line.say(f"the same without speculation, {plain_tokens} tokens")
@@ -208,20 +194,25 @@ def demo(
         Console().print(demo_table(fast, plain, job))
 
 
-@app.command()
+@app.command(epilog=epilog("doctor"), rich_help_panel=MACHINE)
 @reports_errors
 def doctor(
     path: Annotated[
         Path | None, typer.Option(help="A checkpoint, whose files are read, or a folder to test; default: the cache.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Measure less: seconds instead of a minute.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Keep what is measured, also if the machine was quieter before.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check this machine, and measure its disk and cores. Exit code 1: something stops llmcad from running."""
+    from rich.progress import Progress, TaskID
+
     from llmcad_actors.doctor import examine
     from llmcad_actors.doctor_views import tables
 
-    with RichProgress(console=screen, transient=True) as bar:
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
         bars: dict[str, TaskID] = {}
 
         def say(what: str, share: float | None) -> None:  # without a share the bar only pulses
@@ -231,7 +222,7 @@ def doctor(
                 bars[what] = bar.add_task(what, total=None if share is None else 1.0)
             bar.update(bars[what], completed=share)
 
-        report = examine(path, quick=quick, say=say)
+        report = examine(path, quick=quick, replace=replace, say=say)
     if as_json:
         print(json.dumps(report.as_dict()))
     else:
@@ -241,7 +232,10 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command("convert")
+add_cache_commands(app, MACHINE, reports_errors)
+
+
+@app.command("convert", epilog=epilog("convert"), rich_help_panel=FILES)
 @reports_errors
 def convert_model(
     source: Annotated[Path, typer.Argument(help="Model directory with pytorch_model.bin files.")],
@@ -250,9 +244,11 @@ def convert_model(
     dtype: Annotated[str, typer.Option(help="Store as: auto (as it is), float32, bfloat16, float16.")] = "auto",
 ) -> None:
     """Turn a pickled checkpoint (pytorch_model.bin) into safetensors, which llmcad can run. Runs no code of it."""
+    from rich.progress import Progress
+
     from llmcad_actors.convert import convert  # here: it needs torch, and no other command does
 
-    with RichProgress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task(f"converting {source.name}", total=None)
         made = convert(
             source,
@@ -264,7 +260,7 @@ def convert_model(
     print(made)
 
 
-@app.command("trace")
+@app.command("trace", epilog=epilog("trace"), rich_help_panel=FILES)
 @reports_errors
 def show_trace(
     file: Annotated[Path, typer.Argument(help="What `--trace` wrote.")],
@@ -273,6 +269,10 @@ def show_trace(
     tree: Annotated[int | None, typer.Option(help="Print the token tree of this pass; the first is 1.")] = None,
 ) -> None:
     """Look at a trace: a summary, or a timeline, a picture, the token tree of one pass."""
+    from llmcad_actors.trace_file import read_trace
+    from llmcad_actors.trace_picture import draw
+    from llmcad_actors.trace_views import summary_table, token_tree, write_chrome
+
     trace = read_trace(file)
     if out is not None:
         write_chrome(trace, out)
@@ -284,21 +284,7 @@ def show_trace(
         Console().print(summary_table(trace))
 
 
-def _prepared(config: EngineConfig) -> Prepared:
-    """`prepare`, with its notices on standard error."""
-    job = prepare(config)
-    for notice in job.notices:
-        screen.print(f"llmcad: {notice}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    return job
-
-
-def _demo_target(size_bytes: int = DEMO_BYTES) -> Path:
-    with RichProgress(console=screen, transient=True) as bar:
-        task = bar.add_task("enlarging the bundled target (once)", total=None)
-        return demo_target(size_bytes, lambda done, total: bar.update(task, completed=done, total=total))
-
-
-def _stream(engine: Engine, line: StatusLine, prompt: str, *, show: bool, **options: Any) -> Result:
+def _stream(engine: "Engine", line: "StatusLine", prompt: str, *, show: bool, **options: Any) -> "Result":
     """Generate, writing accepted text to standard output as it comes."""
     line.follow(engine)
     pieces = []
@@ -310,12 +296,12 @@ def _stream(engine: Engine, line: StatusLine, prompt: str, *, show: bool, **opti
     return engine.result(pieces)
 
 
-def _report(result: Result, job: Prepared) -> dict[str, Any]:
+def _report(result: "Result", job: "Prepared") -> dict[str, Any]:
     draft = str(job.draft.path) if job.draft else None
     return {**result.as_dict(), "target_path": str(job.target.path), "draft_path": draft}
 
 
-def _demo_report(fast: Result, plain: Result, job: Prepared) -> dict[str, Any]:
+def _demo_report(fast: "Result", plain: "Result", job: "Prepared") -> dict[str, Any]:
     return {
         **_report(fast, job),
         "target_bytes": job.target.total_bytes,

@@ -32,7 +32,7 @@ def demo_table(fast: Result, plain: Result, job: Prepared) -> Table:
 def plan_table(job: Prepared) -> Table:
     """How the cap is split, what is streamed, and how long a pass will take."""
     memory = job.memory
-    table = Table(title=f"{job.target.path.name}: {format_size(job.target.total_bytes)} of weights", show_header=False)
+    table = Table(title=f"{job.target_name}: {format_size(job.target.total_bytes)} of weights", show_header=False)
     for name, size in memory.rows():
         table.add_row(name, format_size(size))
     table.add_section()
@@ -43,7 +43,8 @@ def plan_table(job: Prepared) -> Table:
     table.add_row("read from disk in a pass", format_size(memory.bytes_per_pass))
     predicted = job.predicted_pass()
     table.add_section()
-    table.add_row("predicted from", "llmcad doctor" if predicted.is_measured else "a usual machine; run llmcad doctor")
+    measured = job.measured()
+    table.add_row("predicted from", f"llmcad doctor {measured}" if measured else "a usual machine; run llmcad doctor")
     table.add_row("rows in a pass", str(predicted.rows))
     table.add_row("seconds per pass", f"{predicted.seconds:.2f}")
     if predicted.rows > 1:

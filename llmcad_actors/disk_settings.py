@@ -9,6 +9,7 @@ from contextlib import suppress
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.doctor_disk import Effort, measure_disk, parts_of
 from llmcad_actors.doctor_figures import disk_figures_for, keep
+from llmcad_actors.doctor_load import LoadWatch
 from llmcad_actors.errors import LlmcadError
 from llmcad_actors.storage.checkpoint import Checkpoint
 
@@ -37,5 +38,6 @@ def meet_disk(config: EngineConfig, target: Checkpoint, say: Callable[[str], Non
     say("measuring the disk, this once")
     files = sorted({info.file for info in target.tensors.values()})
     with suppress(LlmcadError, OSError):  # nothing depends on it; a disk that cannot be read shows when it has to be
+        watch = LoadWatch(reads_disk=True)
         found = measure_disk(parts_of(files), FIRST_LOOK)
-        keep(target.path, found, None)
+        keep(target.path, found, None, watch.taken())

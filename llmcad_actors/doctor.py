@@ -5,7 +5,7 @@ Measures disk and cores again every time and keeps the figures (`doctor_figures`
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -21,13 +21,15 @@ from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import LEAST_STORE_BYTES, STORE_SLACK_BYTES, format_size, window_bytes
 from llmcad_actors.doctor_child import run_module
 from llmcad_actors.doctor_disk import QUICK, Effort, measure_disk, parts_of, probe_file
-from llmcad_actors.doctor_figures import ComputeFigures, DiskFigures, keep
+from llmcad_actors.doctor_figures import ComputeFigures, DiskFigures, keep, taken_for
+from llmcad_actors.doctor_load import LoadWatch, Taken
 from llmcad_actors.doctor_orphans import find_orphans
 from llmcad_actors.errors import ConfigError, LlmcadError, StorageError
 from llmcad_actors.footprint import DAEMONS, THIN_PROCESSES, TORCH_PROCESS, budget_shard
 from llmcad_actors.limits import MemoryLimit, enlarging, memory_limit, shared_memory
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import layout_of
+from llmcad_actors.versions import installed, newer_than_tested
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
@@ -62,6 +64,8 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     disk: DiskFigures | None = None
     compute: ComputeFigures | None = None
+    disk_taken: Taken | None = None
+    compute_taken: Taken | None = None
     kept_in: Path | None = None
 
     @property
@@ -84,9 +88,12 @@ class Report:
             self.add(name, PROBLEM, found, advice or "mend this, and run `llmcad doctor` again")
 
 
-def examine(path: Path | None = None, *, quick: bool = False, say: Say = lambda what, share: None) -> Report:
+def examine(
+    path: Path | None = None, *, quick: bool = False, replace: bool = False, say: Say = lambda what, share: None
+) -> Report:
     """All checks. `path`: a checkpoint, whose files are read, or a folder to write a test file in; default: the cache.
 
+    replace: keep the figures of a busy machine in place of a quiet one's.
     Raises `ConfigError` where `path` is no folder.
     """
     if path is not None and not path.is_dir():
@@ -108,7 +115,7 @@ def examine(path: Path | None = None, *, quick: bool = False, say: Say = lambda 
         check_disk(report, quick, say)
     with report.about("cores"):
         check_compute(report, quick, say)
-    keep_figures(report)
+    check_load(report, replace)
     return report
 
 
@@ -158,7 +165,7 @@ def check_store(report: Report, store_bytes: int) -> None:
 
 def check_versions(report: Report) -> None:
     """The installed packages, against what llmcad asks for."""
-    versions = {name: version for name in PACKAGES if (version := _version(name))}
+    versions = {name: version for name in PACKAGES if (version := installed(name))}
     asked = {r.name: r for r in map(Requirement, _requirements()) if r.marker is None}
     wrong = [
         f"{n}{asked[n].specifier}" for n, v in versions.items() if n in asked and not asked[n].specifier.contains(v)
@@ -167,7 +174,10 @@ def check_versions(report: Report) -> None:
     found = ", ".join(f"{name} {version}" for name, version in {"python": sys.version.split()[0], **versions}.items())
     verdict = PROBLEM if missing else WARNING if wrong else OK
     wanted = " ".join(f"'{name}'" for name in (*missing, *wrong))
-    report.add("versions", verdict, found, f"llmcad is tested with others: pip install {wanted}")
+    advice = f"llmcad is tested with others: pip install {wanted}"
+    if verdict == OK and (newer := newer_than_tested()):
+        verdict, (advice,) = WARNING, newer
+    report.add("versions", verdict, found, advice)
 
 
 def check_orphans(report: Report) -> None:
@@ -201,7 +211,7 @@ def add_ports(report: Report, listens_on: list[str]) -> None:
 
 def check_disk(report: Report, quick: bool, say: Say) -> None:
     """Two rows: whether reads can pass the page cache by, and the rate."""
-    effort = QUICK if quick else Effort()
+    effort, watch = QUICK if quick else Effort(), LoadWatch(reads_disk=True)
     files = sorted(report.path.glob("*.safetensors"))
     if files:
         figures = measure_disk(parts_of(files), effort, lambda share: say("reading the checkpoint", share))
@@ -209,7 +219,7 @@ def check_disk(report: Report, quick: bool, say: Say) -> None:
         _make(report.path)
         with probe_file(report.path, effort, lambda share: say("writing a test file", share)) as file:
             figures = measure_disk(parts_of([file]), effort, lambda share: say("reading the test file", share))
-    report.disk = figures
+    report.disk, report.disk_taken = figures, watch.taken()
     report.add(
         "direct reads",
         OK if figures.is_direct else WARNING,
@@ -237,9 +247,10 @@ def add_disk_rate(report: Report, figures: DiskFigures, num_bytes: int) -> None:
 def check_compute(report: Report, quick: bool, say: Say) -> None:
     """Two rows: multiplying and copying."""
     say("multiplying matrices", None)
-    arguments = ["--quick"] if quick else []
+    arguments, watch = ["--quick"] if quick else [], LoadWatch()
     text = run_module("llmcad_actors.doctor_compute", arguments, timeout_s=COMPUTE_TIMEOUT_S)
     report.compute = figures = ComputeFigures.of(json.loads(text.splitlines()[-1]))
+    report.compute_taken = watch.taken()
     most = max(figures.matmul_flops["bfloat16"])
     low, high = (figures.matmul_flops[dtype][most] / 1e9 for dtype in ("bfloat16", "float32"))
     report.add(
@@ -254,12 +265,43 @@ def check_compute(report: Report, quick: bool, say: Say) -> None:
     report.add("memory copy", WARNING if is_slow else OK, f"{copy / 1e9:.1f} GB/s", advice)
 
 
-def keep_figures(report: Report) -> None:
-    """Where they cannot be stored llmcad runs as well: a warning."""
-    if report.disk is None and report.compute is None:
+def check_load(report: Report, replace: bool) -> None:
+    """A row on what else ran, and the figures are kept: but a quiet machine's are not lost to a busy one's."""
+    stored = dict(zip(("disk", "cores"), taken_for(report.path), strict=True))
+    now = {"disk": report.disk_taken, "cores": report.compute_taken}
+    better = {
+        name: known
+        for name, known in stored.items()
+        if known and not known.is_busy and (taken := now[name]) and taken.is_busy and not replace
+    }
+    measured = [taken for taken in now.values() if taken]
+    if measured:
+        add_load(report, max(measured, key=lambda taken: taken.busy_cores or 0.0), better)
+    keep_figures(report, better)
+
+
+def add_load(report: Report, taken: Taken, better: Mapping[str, Taken]) -> None:
+    if better:
+        dates = " and ".join(f"of the {name}, of {known.date}," for name, known in better.items())
+        advice = (
+            f"the earlier figures {dates} are better and stay: end other programs and run `llmcad doctor` "
+            "again, or `llmcad doctor --replace` where the machine is always as busy"
+        )
+    else:
+        advice = "the figures are those of a busy machine: end other programs and run `llmcad doctor` again"
+    unknown = taken.busy_cores is None
+    found = "cannot be told" if unknown else f"used {taken.busy_cores:.1f} of {taken.cores} cores during the measuring"
+    report.add("other programs", WARNING if taken.is_busy else OK, found, advice)
+
+
+def keep_figures(report: Report, better: Collection[str] = ()) -> None:
+    """Those that are not among the `better` ones. Where they cannot be stored llmcad runs as well: a warning."""
+    disk = None if "disk" in better else report.disk
+    compute = None if "cores" in better else report.compute
+    if disk is None and compute is None:
         return
     try:
-        report.kept_in = keep(report.path, report.disk, report.compute)
+        report.kept_in = keep(report.path, disk, compute, report.disk_taken, report.compute_taken)
     except OSError as error:
         report.add("figures", WARNING, f"cannot be kept in {cache_folder()}: {error.strerror}", "set LLMCAD_CACHE")
 
@@ -269,13 +311,6 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot make {folder}: {error.strerror}; set LLMCAD_CACHE to a folder of yours") from None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _requirements() -> list[str]:

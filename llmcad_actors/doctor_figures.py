@@ -8,12 +8,13 @@ import os
 import platform
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 from llmcad_actors.bundled import cache_folder
+from llmcad_actors.doctor_load import Taken
 
 VERSION = 2
 
@@ -91,15 +92,23 @@ class Figures:
 
     disk: DiskFigures
     compute: ComputeFigures
+    disk_taken: Taken | None = field(default=None, compare=False)
+    compute_taken: Taken | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        """When they were taken, and beside what."""
+        disk, compute = str(self.disk_taken), str(self.compute_taken)
+        return f"of {disk}" if disk == compute else f"(disk: {disk}; cores: {compute})"
 
 
 def figures_for(path: Path) -> Figures | None:
     """The figures for reading `path` on this machine; None where `llmcad doctor` has not measured both."""
     disk = disk_figures_for(path)
     try:
-        return Figures(disk, ComputeFigures.of(_read(figures_file())["cpus"][cpu_name()])) if disk else None
+        compute = ComputeFigures.of(_read(figures_file())["cpus"][cpu_name()])
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
+    return Figures(disk, compute, *taken_for(path)) if disk else None
 
 
 def disk_figures_for(path: Path) -> DiskFigures | None:
@@ -110,20 +119,53 @@ def disk_figures_for(path: Path) -> DiskFigures | None:
         return None
 
 
-def keep(path: Path, disk: DiskFigures | None, compute: ComputeFigures | None) -> Path:
-    """Store what was measured on `path`'s device, beside what is known of others; returns the file. Raises OSError."""
+def taken_for(path: Path) -> tuple[Taken | None, Taken | None]:
+    """When the stored figures of the disk that `path` is on, and of the cores, were taken; None: there are none."""
+    stored = _read(figures_file())
+    try:
+        device = device_of(path)
+    except OSError:
+        device = ""
+    return _taken(stored["disks"].get(device)), _taken(stored["cpus"].get(cpu_name()))
+
+
+def keep(
+    path: Path,
+    disk: DiskFigures | None,
+    compute: ComputeFigures | None,
+    disk_taken: Taken | None = None,
+    compute_taken: Taken | None = None,
+) -> Path:
+    """Store what was measured on `path`'s device, beside what is known of others; returns the file. Raises OSError.
+
+    taken: default now, beside nobody knows what.
+    """
     file = figures_file()
     stored = _read(file)
-    now = {"measured_at": datetime.now(UTC).isoformat(timespec="seconds")}
     if disk is not None:
-        stored["disks"][device_of(path)] = asdict(disk) | now
+        stored["disks"][device_of(path)] = asdict(disk) | _stamp(disk_taken)
     if compute is not None:
-        stored["cpus"][cpu_name()] = asdict(compute) | now
+        stored["cpus"][cpu_name()] = asdict(compute) | _stamp(compute_taken)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as new:
         json.dump(stored, new, indent=1)
     os.replace(new.name, file)
     return file
+
+
+def _stamp(taken: Taken | None) -> dict[str, Any]:
+    taken = taken or Taken(datetime.now(UTC).isoformat(timespec="seconds"))
+    return {"measured_at": taken.at, "busy_cores": taken.busy_cores, "usable_cores": taken.cores}
+
+
+def _taken(entry: Any) -> Taken | None:
+    """Older versions stored the date alone."""
+    if not isinstance(entry, dict):
+        return None
+    at, busy, usable = (entry.get(name) for name in ("measured_at", "busy_cores", "usable_cores"))
+    if isinstance(busy, int | float) and isinstance(usable, int):
+        return Taken(str(at), float(busy), usable)
+    return Taken(str(at))
 
 
 def figures_file() -> Path:

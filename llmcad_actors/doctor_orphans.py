@@ -57,6 +57,11 @@ def find_orphans(temporary: Path | None = None, shared: Path = SHARED_MEMORY) ->
     return Orphans(tuple(sorted(pids)), tuple(folders), tuple(_unused(files, mine)))
 
 
+def is_a_session_running() -> bool:
+    """Whether a process of this user belongs to a session of llmcad's whose driver is alive."""
+    return any(SESSION.search(_command_line(process)) and not _is_orphan(process) for process in _own_processes())
+
+
 def _own_processes() -> Iterator[psutil.Process]:
     for process in psutil.process_iter():
         with suppress(psutil.Error):

@@ -20,10 +20,11 @@ from llmcad_actors.actors.runtime import Actors, start_actors
 from llmcad_actors.config import EngineConfig, Settings, documents_settings, setting_names
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.disk_settings import meet_disk
-from llmcad_actors.errors import ConfigError, EngineClosedError, LlmcadError, RuntimeFailure, StorageError
+from llmcad_actors.errors import EngineClosedError, LlmcadError, RuntimeFailure, StorageError
 from llmcad_actors.messages import Event, Failed, Finished, Progress, Provisional, Request, Tokens, pack, unpack
 from llmcad_actors.models.tokenizer import Detokenizer, StopStrings, is_plain, plain_tokenizer
 from llmcad_actors.planning import Prepared, prepare
+from llmcad_actors.prompt import check_text, room_behind
 from llmcad_actors.request_options import RequestOptions
 from llmcad_actors.results import Piece, Result, Status
 from llmcad_actors.tracing import traced
@@ -317,10 +318,12 @@ class Engine:
         return tokenizer
 
     def _encode(self, prompt: str) -> tuple[int, ...]:
+        check_text(prompt, "the prompt")
         return tuple(self._tokenizer.encode(prompt).ids) or self.prepared.opening()
 
     def _encode_chat(self, message: str) -> tuple[int, ...]:
         """The template brings its own special tokens; the tokenizer adds none."""
+        check_text(message, "the prompt")
         template = self.prepared.chat_template()
         if not is_plain(template.path):
             call = self._actors.verifier.special_tokens
@@ -330,13 +333,7 @@ class Engine:
 
     def _room(self, ids: Sequence[int], max_new_tokens: int) -> int:
         """New tokens that fit behind the prompt."""
-        room = self.prepared.room(len(ids))
-        if room < 1:
-            raise ConfigError(
-                f"the prompt has {len(ids)} tokens, the engine was planned for {self.prepared.context} in all; "
-                "shorten it, or give a larger --max-context if the model allows it"
-            )
-        return min(max_new_tokens, room)
+        return min(max_new_tokens, room_behind(self.prepared, len(ids)))
 
     def _progress(self) -> Progress:
         progress: Progress = unpack(self._call("the loader", self._actors.loader.progress))

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from llmcad_actors.storage.dtypes import TORCH_NAMES
 from llmcad_actors.storage.layout import Layout, layout_of
 from llmcad_actors.storage.rows import read_bytes
 from llmcad_actors.storage.safetensors_header import ITEM_BYTES
-from llmcad_actors.storage.writer import SafetensorsWriter
+from llmcad_actors.storage.writer import Entry, SafetensorsWriter, write_holes
 
 RECORD = "llmcad_enlarged.json"  # what was made from what; its presence marks a directory of ours
 FILE_BYTES = 500_000_000
@@ -75,6 +75,39 @@ def enlarge(
     same parameters is kept as it is. It appears only when complete.
     Raises CheckpointError (not a plain Llama model), ConfigError (shapes) and StorageError (space, destination).
     """
+    shape = {"hidden": hidden, "intermediate": intermediate, "heads": heads, "kv_heads": kv_heads, "layers": layers}
+    job = _job(source, target_bytes, dtype, seed, file_bytes, **shape)
+    destination = Path(destination)
+    if not _is_made(destination, job):
+        _make(destination, job, progress or (lambda done, total: None))
+    return destination
+
+
+def sketch(source: Path, destination: Path, *, target_bytes: int) -> Path:
+    """What `enlarge` would make, without its weights: true headers over holes, which take no room on the disk.
+
+    It can be planned for, and must not be run. Raises as `enlarge` does.
+    """
+    job = _job(source, target_bytes)
+    try:
+        destination.mkdir(parents=True)
+        _write_small_files(destination, job)
+        for name, tensors in _named_files(job):
+            write_holes(destination / name, _entries(tensors, job.dtype))
+        _write_index(destination, job)
+    except OSError as error:
+        raise StorageError(f"{destination} cannot be written: {error}; choose another folder.") from error
+    return destination
+
+
+def _job(
+    source: Path,
+    target_bytes: int,
+    dtype: str | None = None,
+    seed: int = 0,
+    file_bytes: int = FILE_BYTES,
+    **shape: int | None,
+) -> _Job:
     checkpoint = Checkpoint.open(source)
     check_enlargeable(checkpoint.config)
     layout = layout_of(checkpoint)
@@ -84,13 +117,9 @@ def enlarge(
         old,
         target_bytes=target_bytes,
         item_bytes=ITEM_BYTES[dtype],
-        hidden=hidden,
-        intermediate=intermediate,
-        heads=heads,
-        kv_heads=kv_heads,
-        layers=layers,
+        **shape,
     )
-    job = _Job(
+    return _Job(
         source=checkpoint,
         layout=layout,
         old=old,
@@ -101,10 +130,6 @@ def enlarge(
         seed=seed,
         file_bytes=file_bytes,
     )
-    destination = Path(destination)
-    if not _is_made(destination, job):
-        _make(destination, job, progress or (lambda done, total: None))
-    return destination
 
 
 def _dtype_name(dtype: str) -> str:
@@ -199,21 +224,30 @@ def _write_small_files(partial: Path, job: _Job) -> None:
 
 
 def _write_weights(partial: Path, job: _Job, progress: Progress) -> None:
-    files = list(_files(job))
     done = 0
-    weight_map: dict[str, str] = {}
-    for number, tensors in enumerate(files, 1):
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        weight_map |= {t.name: name for t in tensors}
-        entries = [(t.name, job.dtype, t.shape) for t in tensors]
-        with SafetensorsWriter(partial / name, entries) as writer:
+    for name, tensors in _named_files(job):
+        with SafetensorsWriter(partial / name, _entries(tensors, job.dtype)) as writer:
             for tensor in tensors:
                 for block in tensor.blocks(job.dtype, job.seed):
                     writer.write_part(tensor.name, block)
                     done += block.nbytes
                     progress(done, job.total_bytes)
+    _write_index(partial, job)
+
+
+def _write_index(folder: Path, job: _Job) -> None:
+    weight_map = {tensor.name: name for name, tensors in _named_files(job) for tensor in tensors}
     index = {"metadata": {"total_size": job.total_bytes}, "weight_map": weight_map}
-    (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _named_files(job: _Job) -> list[tuple[str, list[EnlargedTensor]]]:
+    files = list(_files(job))
+    return [(f"model-{i:05d}-of-{len(files):05d}.safetensors", tensors) for i, tensors in enumerate(files, 1)]
+
+
+def _entries(tensors: Sequence[EnlargedTensor], dtype: str) -> list[Entry]:
+    return [(tensor.name, dtype, tensor.shape) for tensor in tensors]
 
 
 def _files(job: _Job) -> Iterator[list[EnlargedTensor]]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from llmcad_actors.errors import CheckpointError
@@ -19,7 +20,7 @@ def find_model(name: str, cache: Path | None = None) -> Path:
     path = Path(name).expanduser()
     if path.exists() or not NAME.fullmatch(name):
         return path
-    cache = cache or _cache()
+    cache = cache or hub_cache()
     folder = cache / "--".join(["models", *name.split("/")])
     if not folder.is_dir():
         raise CheckpointError(
@@ -37,7 +38,30 @@ def find_model(name: str, cache: Path | None = None) -> Path:
     return snapshot
 
 
-def _cache() -> Path:
+@dataclass(frozen=True, slots=True)
+class CachedModel:
+    """A model in the Hugging Face cache."""
+
+    name: str  # as `find_model` takes it
+    folder: Path  # with all snapshots and files
+    snapshot: Path | None  # that `find_model` would give
+    missing: tuple[str, ...]  # what it needs and lacks
+
+
+def cached_models(cache: Path | None = None) -> list[CachedModel]:
+    """All models in the cache, complete or not, by name."""
+    found = []
+    for folder in sorted((cache or hub_cache()).glob("models--*")):
+        if folder.is_dir():
+            snapshot = _snapshot(folder)
+            missing = ["a snapshot"] if snapshot is None else _missing(snapshot)
+            name = "/".join(folder.name.split("--")[1:])
+            found.append(CachedModel(name, folder, snapshot, tuple(missing)))
+    return found
+
+
+def hub_cache() -> Path:
+    """The Hugging Face cache, as `HF_HUB_CACHE` and `HF_HOME` say."""
     import huggingface_hub.constants as constants  # here: planning a model directory needs none of it
 
     return Path(constants.HF_HUB_CACHE)

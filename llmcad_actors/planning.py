@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcad_actors.config import DraftSpec, EngineConfig, LoaderSpec, VerifierSpec
@@ -16,6 +17,7 @@ from llmcad_actors.core.fallback import (
     TokenConfidence,
 )
 from llmcad_actors.disk_settings import read_settings
+from llmcad_actors.doctor_figures import Figures, figures_for
 from llmcad_actors.errors import ConfigError
 from llmcad_actors.footprint import DRAFT_SLOTS, budget_inputs, draft_dtype, is_small, stored_bytes
 from llmcad_actors.forecast import Forecaster, PassForecast
@@ -28,6 +30,7 @@ from llmcad_actors.processor import cores
 from llmcad_actors.shorthand import spelled_out
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import Layout, layout_of
+from llmcad_actors.versions import newer_than_tested
 
 if TYPE_CHECKING:
     from llmcad_actors.models.chat import ChatTemplate
@@ -60,6 +63,18 @@ class Prepared:
     def is_encoder_decoder(self) -> bool:
         """The prompt goes to an encoder; the decoder's text is the output alone, behind a first token."""
         return bool(self.layout.encoder)
+
+    @property
+    def target_name(self) -> str:
+        """The target as the user calls it: its name in a cache, or its directory's."""
+        if self.target.path != Path(self.config.target).expanduser():
+            return self.config.target
+        return self.target.path.name or self.target.path.resolve().name
+
+    @property
+    def model_context(self) -> int:
+        """Tokens that the target was made for, whatever is planned."""
+        return context_of(self.target.config)
 
     def room(self, prompt_tokens: int) -> int:
         """New tokens that fit behind a prompt; below 1: none, it is too long itself."""
@@ -135,7 +150,12 @@ class Prepared:
             "tokens_per_pass_assumed": predicted.tokens,
             "tokens_per_second": predicted.tokens_per_second,
             "is_measured": predicted.is_measured,
+            "measured": str(self.measured() or ""),
         }
+
+    def measured(self) -> Figures | None:
+        """What `llmcad doctor` found on this machine, and when; None: nothing yet."""
+        return figures_for(self.target.path)
 
     def predicted_pass(self) -> PassForecast:
         """A pass as this machine would run it."""
@@ -202,6 +222,8 @@ class Prepared:
 def prepare(config: EngineConfig) -> Prepared:
     """Open and check everything, and split the memory cap. Raises the `UserError` that says what is wrong."""
     config = spelled_out(config)
+    if config.read_limit:
+        parse_rate(config.read_limit)  # a wrong one is refused here
     target = Checkpoint.open(find_model(config.target))
     layout = layout_of(target)
     active_rules(target.generation_settings, layout.embedding.shape[0])  # wrong values are refused here
@@ -218,9 +240,8 @@ def prepare(config: EngineConfig) -> Prepared:
     limit = memory_limit()
     cap, notices = within(parse_size(str(config.memory), limit.limit_bytes), limit)
     memory = plan(budget_inputs(config, target, layout, draft, context), cap)
-    return Prepared(
-        config, target, layout, draft, memory, context, (*notices, *unfollowed(target), *slow_window(memory))
-    )
+    told = (*newer_than_tested(), *notices, *unfollowed(target), *slow_window(memory), *many_threads(config))
+    return Prepared(config, target, layout, draft, memory, context, told)
 
 
 def check_same_kind(target: Checkpoint, draft: Checkpoint) -> None:
@@ -247,6 +268,14 @@ def slow_window(memory: MemoryPlan) -> tuple[str, ...]:
     if memory.overlaps:
         return ()
     return ("this cap has room for one shard of the target at a time: reading and computing take turns",)
+
+
+def many_threads(config: EngineConfig) -> tuple[str, ...]:
+    """A notice of more threads than cores, which wait for each other."""
+    most = max(config.threads or 0, config.draft_threads or 0)
+    if most <= cores():
+        return ()
+    return (f"{most} threads on {cores()} cores are slower than {cores()} threads",)
 
 
 def context_of(config: Mapping[str, Any]) -> int:

@@ -21,6 +21,7 @@ HEAVY = ("torch", "transformers", "ray", "tokenizers", "msgpack", "psutil", "yam
 STAYS_WITHOUT = {
     "llmcad_actors": HEAVY,
     "llmcad_actors.errors": HEAVY,
+    "llmcad_actors.versions": HEAVY,
     "llmcad_actors.limits": HEAVY,
     "llmcad_actors.ports": ("torch", "transformers", "ray"),
     "llmcad_actors.messages": ("torch", "transformers", "ray"),
@@ -29,6 +30,8 @@ STAYS_WITHOUT = {
     "llmcad_actors.planning": ("torch", "transformers", "ray"),
     "llmcad_actors.doctor": ("torch", "transformers", "ray"),
     "llmcad_actors.doctor_figures": ("torch", "transformers", "ray"),
+    "llmcad_actors.doctor_load": HEAVY,
+    "llmcad_actors.cli": ("torch", "transformers", "ray", "numpy", "tokenizers", "msgpack", "psutil"),
     "llmcad_actors.model_names": ("torch", "transformers", "ray"),
     "llmcad_actors.models.chat": ("torch", "transformers", "ray"),
     "llmcad_actors.models.generation_rules": ("torch", "transformers", "ray"),
@@ -36,7 +39,6 @@ STAYS_WITHOUT = {
     "llmcad_actors.storage.layout": ("torch", "transformers", "ray"),
     # Each of these processes would take 250 MB more with torch.
     "llmcad_actors.engine": ("torch", "transformers"),
-    "llmcad_actors.cli": ("torch", "transformers"),
     "llmcad_actors.actors.runtime": ("torch", "transformers"),
     "llmcad_actors.actors.coordinator": ("torch", "transformers"),
     "llmcad_actors.actors.loader": ("torch", "transformers"),
@@ -76,7 +78,7 @@ LAYERS = ("core", "storage", "models", "actors")
 MAY_KNOW = {
     "core": {"core", "errors"},
     "storage": {"core", "errors", "storage", "models.families"},  # the names of an architecture's tensors
-    "models": {"core", "errors", "storage", "models", "messages", "ports", "processor", "native"},
+    "models": {"core", "errors", "storage", "models", "messages", "ports", "processor", "native", "versions"},
     "actors": {
         *("core", "errors", "storage", "models", "actors"),
         *("messages", "ports", "loop", "config", "limits", "sessions"),

@@ -18,9 +18,12 @@ from tokenizers import AddedToken
 from typer.testing import CliRunner
 
 from llmcad_actors.bundled import bundled_draft, bundled_target
-from llmcad_actors.cli import takes_job
+from llmcad_actors.cli_options import takes_job
+from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.stats import Stats
-from llmcad_actors.planning import Prepared
+from llmcad_actors.enlarge import enlarge, sketch
+from llmcad_actors.planning import Prepared, prepare
+from llmcad_actors.storage.checkpoint import Checkpoint
 from tests.tiny import byte_tokenizer, tiny_llama
 
 RECORDER = """
@@ -33,6 +36,7 @@ def record(event, args):
 
 sys.addaudithook(record)
 """
+DEMO_BYTES_MADE = 2_541_981_696
 PAIR = ("--target", str(bundled_target()), "--draft", str(bundled_draft()))
 
 
@@ -203,6 +207,8 @@ def test_a_cap_too_small_is_refused_with_the_smallest_that_works(llmcad: Llmcad,
     ("options", "message"),
     [
         (("--memory", "lots"), "cannot use 'lots' as a memory size"),
+        (("--memory", "1.5"), "cannot use '1.5' as a memory size: the unit is missing; write 1.5GB, "),
+        (("--read-limit", "400"), "cannot use '400' as a rate: the unit is missing; write 400GB, "),
         (("--dtype", "int4"), "dtype: 'int4' is not known; choose one of auto, float32, bfloat16"),
         (("--max-context", "100000"), "max_context: 100000 is more than the target's context of 512 tokens"),
         (("--max-nodes", "0"), "max_nodes: 0 must be a whole number of at least 1"),
@@ -280,6 +286,66 @@ def test_options_win_over_the_configuration_file(llmcad: Llmcad, sound: Path, tm
     assert json.loads(llmcad("plan", *options).stdout)["memory_cap_bytes"] == 3_000_000_000
 
 
+def test_the_targets_of_options_win_over_the_files_and_the_file_over_the_default(
+    llmcad: Llmcad, sound: Path, model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"target: {sound}\ndraft: {sound}\nmemory: 2GB\n")
+
+    def planned(*options: str) -> dict[str, object]:
+        done = llmcad("plan", "--config", str(file), "--json", *options)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    of_file, of_demo = planned(), planned("--target", "demo", "--draft", str(bundled_draft()))
+    assert of_file["target_bytes"] == Checkpoint.open(sound).total_bytes
+    assert planned("--target", str(model)) == of_file  # a copy
+    assert of_demo["target_bytes"] == DEMO_BYTES_MADE
+    assert planned("--draft", "none")["parts"]["draft weights"] == 0  # type: ignore[index]
+    file.write_text("max_context: 99\n")
+    assert planned()["target_bytes"] == DEMO_BYTES_MADE
+
+
+def test_a_plan_of_the_demo_writes_no_weights(llmcad: Llmcad, tmp_path: Path) -> None:
+    cache = tmp_path / "llmcad" / "cache"
+    as_json = llmcad("plan", "--json")
+    assert (as_json.returncode, as_json.stderr) == (0, "")
+    plan = json.loads(as_json.stdout)
+    assert (plan["target_bytes"], plan["memory_cap_bytes"]) == (DEMO_BYTES_MADE, 1_500_000_000)
+    assert "demo-2500000000: 2.54 GB of weights" in llmcad("plan").stdout
+    assert not cache.exists()
+    assert not list(tmp_path.rglob("llmcad-sketch-*"))
+
+
+def test_a_sketch_is_planned_as_the_model_itself(tmp_path: Path) -> None:
+    real = enlarge(bundled_target(), tmp_path / "real", target_bytes=80_000_000)
+    holes = sketch(bundled_target(), tmp_path / "sketch", target_bytes=80_000_000)
+    found, made = (Checkpoint.open(path) for path in (holes, real))
+    places = [{name: (i.dtype, i.shape, i.file.name, i.offset) for name, i in c.tensors.items()} for c in (found, made)]
+    assert places[0] == places[1]
+    assert found.config == made.config
+    assert sum(file.stat().st_blocks * 512 for file in holes.glob("*.safetensors")) < 1_000_000
+    forecasts = [prepare(EngineConfig(target=str(path), memory="1.3GB")).forecast() for path in (holes, real)]
+    assert forecasts[0] == forecasts[1]
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("foo", "cannot use 'foo' as the demo's --size: write for example 2.5GB"),
+        ("50%", "cannot use '50%' as the demo's --size"),
+        ("1.5", "cannot use '1.5' as the demo's --size: the unit is missing; write 1.5GB"),
+        ("1KB", "the smallest enlargement has"),
+        ("900000GB", "bytes free, the enlarged model needs .* LLMCAD_CACHE names another one"),
+    ],
+)
+def test_a_size_of_the_demo_that_cannot_be_is_refused(llmcad: Llmcad, size: str, message: str) -> None:
+    done = llmcad("demo", "--size", size)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.search(message, done.stderr.splitlines()[-1])
+    assert not llmcad.started.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "settings"),
     [
@@ -293,6 +359,7 @@ def test_options_win_over_the_configuration_file(llmcad: Llmcad, sound: Path, tm
         (("--fallback", "token-confidence", "--threshold", "0.7"), {"fallback": "token-confidence", "threshold": 0.7}),
         (("--max-nodes", "9", "--max-context", "99"), {"max_nodes": 9, "max_context": 99}),
         (("--dtype", "float32"), {"dtype": "float32"}),
+        (("--threads", "3", "--draft-threads", "2"), {"threads": 3, "draft_threads": 2}),
         (("--read-limit", "40MB/s", "--memory", "2GB"), {"read_limit": "40MB/s", "memory": "2GB"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -335,6 +402,7 @@ def test_the_demo_compares_speculation_with_plain_decoding(llmcad: Llmcad) -> No
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["target_bytes"] >= 80_000_000
     assert Path(report["target_path"]).parent.name == "cache"
+    assert f"the demo's target is made once: 80.0 MB in {report['target_path']} (`llmcad clean` " in done.stderr
     assert report["seconds_per_token"] > 0
     assert report["plain_seconds_per_token"] > 0
     assert report["stats"]["spilled_bytes"] == 0

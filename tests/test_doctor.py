@@ -1,5 +1,6 @@
 """The doctor measures this very machine, remembers what it found, and says what stops llmcad."""
 
+import io
 import json
 import os
 import subprocess
@@ -8,13 +9,26 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
-from llmcad_actors.doctor import OK, PROBLEM, WARNING, Report, check_memory, check_store, check_versions, store_needs
+from llmcad_actors.cli_views import plan_table
+from llmcad_actors.doctor import (
+    OK,
+    PROBLEM,
+    WARNING,
+    Report,
+    check_load,
+    check_memory,
+    check_store,
+    check_versions,
+    store_needs,
+)
 from llmcad_actors.doctor_child import run_module
 from llmcad_actors.doctor_compute import DTYPES, measure_compute, median_seconds
 from llmcad_actors.doctor_disk import MIB, Effort, best_of, measure_disk, parts_of, probe_file
@@ -29,6 +43,7 @@ from llmcad_actors.doctor_figures import (
     figures_for,
     keep,
 )
+from llmcad_actors.doctor_load import LoadWatch, Taken
 from llmcad_actors.doctor_orphans import Orphans, find_orphans
 from llmcad_actors.doctor_views import tables
 from llmcad_actors.errors import DeadlineError, RuntimeFailure, StorageError
@@ -272,6 +287,129 @@ def test_a_cluster_started_by_hand_is_left_alone(tmp_path: Path) -> None:
         assert daemon.pid not in find_orphans(tmp_path, tmp_path).pids
 
 
+def stat_of(cores: set[int], ticks: int) -> str:
+    """/proc/stat of a machine whose cores have each computed so long: half in programs, half in the kernel."""
+    cpus = "".join(f"cpu{core} {ticks // 2} 0 {ticks - ticks // 2} 99 9 0 0 0 0 0\n" for core in sorted(cores))
+    return f"cpu  1 2 3 4 5 6 7 8 0 0\n{cpus}cpu4095 999999 999999 0 0 0 0 0 0 0 0\nintr 5 5\n"
+
+
+def test_the_load_is_what_others_compute_on_the_usable_cores(tmp_path: Path) -> None:
+    """Both watches look for an hour, in which each core computes for an hour."""
+    cores, tick, hours = os.sched_getaffinity(0), os.sysconf("SC_CLK_TCK"), iter((0.0, 0.0, 3600.0, 3600.0))
+
+    def watch(**options: bool) -> LoadWatch:
+        return LoadWatch(proc=tmp_path, clock=lambda: next(hours), **options)
+
+    (tmp_path / "stat").write_text(stat_of(cores, 0))
+    watches = (watch(), watch(reads_disk=True))
+    (tmp_path / "stat").write_text(stat_of(cores, 3600 * tick))
+    cpu, disk = (each.taken() for each in watches)
+    assert cpu.cores == len(cores)
+    assert cpu.is_busy and disk.is_busy
+    assert cpu.busy_cores is not None and disk.busy_cores is not None
+    assert cpu.busy_cores == pytest.approx(len(cores), rel=0.05)
+    assert disk.busy_cores == pytest.approx(len(cores) / 2, rel=0.05)  # the kernel's part may be our own reading
+    assert LoadWatch(proc=tmp_path).taken().busy_cores == 0
+    assert LoadWatch(proc=tmp_path / "absent").taken().busy_cores is None
+
+
+SPINNER = "import time\nend = time.monotonic() + 60\nwhile time.monotonic() < end: pass"
+
+
+def test_another_programs_computing_is_seen_and_our_own_is_not() -> None:
+    with subprocess.Popen([sys.executable, "-c", SPINNER]) as other:
+        watch = LoadWatch()
+        while sum(psutil.Process(other.pid).cpu_times()[:2]) < 0.5:
+            time.sleep(0.02)
+        seen = watch.taken().busy_cores
+        other.kill()
+    assert seen is not None and seen > 0
+    counted = LoadWatch()._own_s()
+    subprocess.run([sys.executable, "-c", SPINNER.replace("60", "0.5")], check=True)
+    assert LoadWatch()._own_s() - counted >= 0.2  # a child that was waited for is our own
+
+
+QUIET = Taken("2026-11-20T10:00:00+00:00", 0.02, 2)
+BUSY = Taken("2026-11-25T10:00:00+00:00", 1.4, 2)
+
+
+def report_of(path: Path, disk: DiskFigures, taken: Taken) -> Report:
+    return Report(path, disk=disk, compute=COMPUTE, disk_taken=taken, compute_taken=taken)
+
+
+def test_a_busy_machines_figures_do_not_replace_a_quiet_ones_unless_asked(cache: Path, tmp_path: Path) -> None:
+    slow = replace(DISK, bytes_per_s=1e8)
+    check_load(report_of(tmp_path, DISK, QUIET), replace=False)
+    report = report_of(tmp_path, slow, BUSY)
+    check_load(report, replace=False)
+    verdict, advice = verdict_of(report, "other programs")
+    assert verdict == WARNING
+    assert (
+        "the earlier figures of the disk, of 2026-11-20, and of the cores, of 2026-11-20, are better and stay" in advice
+    )
+    assert "llmcad doctor --replace" in advice
+    assert (kept(tmp_path).disk, str(kept(tmp_path))) == (DISK, "of 2026-11-20, quiet machine")
+    check_load(report_of(tmp_path, slow, BUSY), replace=True)
+    assert (kept(tmp_path).disk, str(kept(tmp_path))) == (
+        slow,
+        "of 2026-11-25, other programs used 1.4 of 2 cores",
+    )
+    check_load(report_of(tmp_path, DISK, BUSY), replace=False)  # a busy one's are replaced by any
+    assert kept(tmp_path).disk == DISK
+    quiet = report_of(tmp_path, slow, QUIET)
+    check_load(quiet, replace=False)
+    assert (kept(tmp_path).disk, verdict_of(quiet, "other programs")) == (slow, (OK, ""))
+
+
+def kept(path: Path) -> Figures:
+    found = figures_for(path)
+    assert found is not None
+    return found
+
+
+def test_only_what_was_measured_beside_others_stays_out(cache: Path, tmp_path: Path) -> None:
+    check_load(report_of(tmp_path, DISK, QUIET), replace=False)
+    later = replace(QUIET, at="2026-11-26T10:00:00+00:00")
+    mixed = replace_in(report_of(tmp_path, replace(DISK, threads=4), later), compute_taken=BUSY)
+    check_load(mixed, replace=False)
+    assert kept(tmp_path).disk.threads == 4
+    assert str(kept(tmp_path)) == "(disk: 2026-11-26, quiet machine; cores: 2026-11-20, quiet machine)"
+    assert "of the cores, of 2026-11-20, are better" in verdict_of(mixed, "other programs")[1]
+
+
+def replace_in(report: Report, **changes: Taken) -> Report:
+    for name, value in changes.items():
+        setattr(report, name, value)
+    return report
+
+
+def test_figures_without_a_load_are_read_and_not_lost_to_busy_ones(cache: Path, tmp_path: Path) -> None:
+    """As earlier versions stored them."""
+    keep(tmp_path, DISK, COMPUTE)
+    stored = json.loads(figures_file().read_text())
+    for entry in (*stored["disks"].values(), *stored["cpus"].values()):
+        del entry["busy_cores"], entry["usable_cores"]
+        entry["measured_at"] = "2026-11-01T00:00:00+00:00"
+    figures_file().write_text(json.dumps(stored))
+    assert kept(tmp_path) == Figures(DISK, COMPUTE)
+    assert str(kept(tmp_path)) == "of 2026-11-01, load unknown"
+    check_load(report_of(tmp_path, replace(DISK, threads=4), BUSY), replace=False)
+    assert kept(tmp_path).disk == DISK
+
+
+def test_the_plan_says_when_its_figures_were_taken_and_beside_what(cache: Path, tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model", layers=1)
+    keep(model, DISK, replace(COMPUTE, layer_flops={"float32": {1: 1e9}}), BUSY, QUIET)
+    forecast = job(model, None).forecast()
+    assert forecast["is_measured"]
+    assert forecast["measured"] == (
+        "(disk: 2026-11-25, other programs used 1.4 of 2 cores; cores: 2026-11-20, quiet machine)"
+    )
+    screen = Console(width=200, record=True, file=io.StringIO())
+    screen.print(plan_table(job(model, None)))
+    assert f"llmcad doctor {forecast['measured']}" in screen.export_text()
+
+
 def verdict_of(report: Report, name: str) -> tuple[str, str]:
     (check,) = (check for check in report.checks if check.name == name)
     return check.verdict, check.advice
@@ -324,7 +462,7 @@ def test_the_command_checks_a_checkpoint_and_writes_nothing_there(cache: Path, t
     checks = {check["name"]: check for check in report["checks"]}
     assert set(checks) == {
         *("memory", "swap", "shared memory", "versions", "earlier runs", "Ray"),
-        *("direct reads", "disk", "matrix products", "memory copy"),
+        *("direct reads", "disk", "matrix products", "memory copy", "other programs"),
     }
     assert checks["Ray"]["verdict"] == OK
     assert checks["disk"]["verdict"] == WARNING  # some hundred KB say little

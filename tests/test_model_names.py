@@ -59,7 +59,7 @@ def test_target_and_draft_may_be_names(cache: Path, model: Path, tmp_path: Path,
 
 def test_looking_names_up_keeps_the_callers_process_thin(cache: Path) -> None:
     script = (
-        "import sys, pathlib; from llmcad_actors.model_names import find_model, _cache; _cache(); "
+        "import sys, pathlib; from llmcad_actors.model_names import find_model, hub_cache; hub_cache(); "
         "find_model(sys.argv[1], pathlib.Path(sys.argv[2])); "
         "print({'torch', 'transformers', 'httpx', 'httpx2', 'requests'} & set(sys.modules))"
     )

@@ -314,7 +314,7 @@ def test_a_real_models_plan_streams_its_layers_within_the_cap(name: str, tmp_pat
     assert sum(8 * 512 < file.stat().st_blocks * 512 < 10**7 for file in path.glob("*.safetensors")) == 1  # a hole
     done = CliRunner().invoke(app, ["plan", "--target", str(path), "--memory", "12GB", "--json"])
     assert done.exit_code == 0, done.output
-    plan = json.loads(done.output)
+    plan = json.loads(done.stdout)
     assert plan["target_bytes"] / 2e9 == pytest.approx(real.billions, rel=1e-3)
     assert plan["total_bytes"] <= plan["memory_cap_bytes"] == 12 * 10**9
     family = family_of({"model_type": real.model_type, **real.fields})

@@ -51,7 +51,7 @@ def test_a_prompt_of_4000_tokens_on_a_7b_model_fits_a_small_cap(tmp_path: Path) 
         options = ["--max-context", str(context), "--memory", "8GB", "--json"]
         done = CliRunner().invoke(app, ["plan", "--target", str(path), *options])
         assert done.exit_code == 0, done.output
-        plan = json.loads(done.output)
+        plan = json.loads(done.stdout)
         assert plan["total_bytes"] <= 8 * 10**9
         parts: dict[str, int] = plan["parts"]
         return parts

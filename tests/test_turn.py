@@ -1,6 +1,5 @@
 """The turn by itself: what may begin, what a close waits for, and what it does not."""
 
-
 import pytest
 
 from llmcad_actors.errors import ActorFailure, EngineBusyError, EngineClosedError

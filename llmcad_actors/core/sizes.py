@@ -7,35 +7,45 @@ from llmcad_actors.errors import ConfigError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([KMGT]I?)?B?", re.IGNORECASE)
-_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+_NUMBER = r"(\d{1,15}(?:\.\d{1,15})?|\.\d{1,15})"
+_SIZE = re.compile(_NUMBER + r"\s*([KMGT]I?)?(B)?", re.IGNORECASE)
+_PERCENT = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*%")
+_PLAIN_BYTES = 10**6  # a bare number below it is a size whose unit was forgotten
+_SHOWN = 60  # characters of what was given, in a message
 
 
 def parse_size(text: str, total: int) -> int:
-    """Bytes. K, M, G, T are powers of 1000, Ki to Ti of 1024; the B may be left out; % is of `total`.
+    """Bytes of memory. K, M, G, T are powers of 1000, Ki to Ti of 1024; the B may be left out; % is of `total`.
 
-    "1.5GB" is 1 500 000 000, "512MiB" 536 870 912, "4G" the same as "4GB", a bare number is bytes. Raises
-    ConfigError for anything else, and for nothing at all.
+    "1.5GB" is 1 500 000 000, "512MiB" 536 870 912, "4G" the same as "4GB", a bare whole number from a million on is
+    bytes. Raises ConfigError for anything else, and for nothing at all.
     """
-    trimmed = text.strip()
-    if percent := _PERCENT.fullmatch(trimmed):
+    if percent := _PERCENT.fullmatch(text.strip()):
         share = Decimal(percent[1])
         size = int(total * share / 100) if share <= 100 else 0
     else:
-        size = _bytes_of(trimmed)
+        size = _bytes_of(text, "a memory size")
     if size < 1:
         raise ConfigError(
-            f"cannot use {text!r} as a memory size: write for example 4GB, 1.5G, 512MiB, "
+            f"cannot use {_shown(text)} as a memory size: write for example 4GB, 1.5G, 512MiB, "
             f"or 75% (of the {format_size(total)} that may be used here)"
         )
     return size
 
 
+def parse_file_size(text: str, what: str) -> int:
+    """Bytes, as `parse_size`, but for a share of anything. `what` is named in messages. Raises ConfigError."""
+    size = _bytes_of(text, what)
+    if size < 1:
+        raise ConfigError(f"cannot use {_shown(text)} as {what}: write for example 2.5GB, 800MB or 4GiB")
+    return size
+
+
 def parse_rate(text: str) -> float:
     """Bytes per second: a size with "/s" after it or not. Raises ConfigError."""
-    size = _bytes_of(text.strip().removesuffix("/s"))
+    size = _bytes_of(text.strip().removesuffix("/s"), "a rate")
     if size < 1:
-        raise ConfigError(f"cannot use {text!r} as a rate: write for example 400MB/s or 1.5GB/s")
+        raise ConfigError(f"cannot use {_shown(text)} as a rate: write for example 400MB/s or 1.5GB/s")
     return float(size)
 
 
@@ -50,6 +60,19 @@ def format_size(num_bytes: int) -> str:
     return f"{num_bytes} B"
 
 
-def _bytes_of(text: str) -> int:
-    match = _SIZE.fullmatch(text)
-    return int(Decimal(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+def _bytes_of(text: str, what: str) -> int:
+    """0 for what is no size. Raises ConfigError for a number that is one but for its unit."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        return 0
+    number, unit, letter = Decimal(match[1]), (match[2] or "").upper(), match[3]
+    if number and not unit and not letter and (number < _PLAIN_BYTES or number % 1):
+        raise ConfigError(
+            f"cannot use {_shown(text)} as {what}: the unit is missing; write {match[1]}GB, {match[1]}MB "
+            f"or, if it is bytes, {match[1]}B"
+        )
+    return int(number * _UNITS[unit])
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")

@@ -13,14 +13,12 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+from llmcad_actors import versions
 
-TESTED_TORCH = "2.13."
-"""Which modules wait, and in which order they run, is a matter of torch's own imports."""
+T = TypeVar("T")
 
 MARKS = ("allow_in_graph", "assume_constant_result", "disable")
 """Decorators for the compiler, which change nothing where nothing is compiled."""
@@ -36,11 +34,11 @@ ALONE = "torch._dynamo._trace_wrapped_higher_order_op"
 
 
 def is_tested() -> bool:
-    """Whether the installed torch is one that this was tested with. Imports nothing."""
-    try:
-        return version("torch").startswith(TESTED_TORCH)
-    except PackageNotFoundError:  # installed in some other way
-        return False
+    """Whether the installed torch is one that this was tested with. Imports nothing.
+
+    Which modules wait, and in which order they run, is a matter of torch's own imports.
+    """
+    return versions.is_tested("torch")
 
 
 def install() -> bool:

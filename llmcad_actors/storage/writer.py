@@ -98,6 +98,13 @@ class SafetensorsWriter:
             raise _refused(self.path, error) from error
 
 
+def write_holes(path: Path, entries: Sequence[Entry]) -> None:
+    """A file of these tensors whose bytes are not written: a hole, which reads as zeros. Raises OSError."""
+    header = _header(entries)
+    path.write_bytes(header)
+    os.truncate(path, len(header) + sum(map(entry_bytes, entries)))
+
+
 def entry_bytes(entry: Entry) -> int:
     _, dtype, shape = entry
     return math.prod(shape) * ITEM_BYTES[dtype]

@@ -170,11 +170,21 @@ def test_a_prompt_without_room_for_an_answer_is_refused_and_a_full_context_ends_
     ids = encode(path, text)
     cut = engine._tokenizer.decode(list(ids[: context - 2]))
     assert len(encode(path, cut)) == context - 2
-    with pytest.raises(ConfigError, match=rf"the prompt has {len(ids)} tokens.*planned for {context} in all"):
+    with pytest.raises(ConfigError, match=rf"the prompt has {len(ids)} tokens.*takes at most {context} in all"):
         engine.generate(text)
     assert len(engine.generate(cut, max_new_tokens=10).token_ids) == 2
     with pytest.raises(ConfigError, match="max_new_tokens: 0"):
         engine.generate("x", max_new_tokens=0)
+
+
+@with_engine(good_draft)
+def test_what_is_no_text_is_refused(engine: Engine) -> None:
+    for prompt, message in (
+        ("ab\udcff", "the prompt is not UTF-8: byte 0xff at offset 2 "),
+        ("日\ud83d", r"the prompt is not text: U\+D83D at character 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            engine.generate(prompt, max_new_tokens=1)
 
 
 @with_engine(good_draft)

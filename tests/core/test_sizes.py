@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcad_actors.core.sizes import format_size, parse_rate, parse_size
+from llmcad_actors.core.sizes import format_size, parse_file_size, parse_rate, parse_size
 from llmcad_actors.errors import ConfigError
 
 RAM = 16 * 10**9
@@ -19,7 +19,7 @@ RAM = 16 * 10**9
         ("800kb", 800_000),
         ("1 TiB", 2**40),
         (" 2gib ", 2**31),
-        ("1234", 1234),
+        ("1500000000", 1_500_000_000),
         ("1234B", 1234),
         (".5GB", 500_000_000),
         ("75%", 12_000_000_000),
@@ -38,6 +38,30 @@ def test_anything_else_is_refused_with_examples(text: str) -> None:
     with pytest.raises(ConfigError, match=r"4GB.*512MiB.*75%.*16\.00 GB") as refusal:
         parse_size(text, RAM)
     assert repr(text) in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["1.5", "1500", "4", "999999", ".5", " 2 ", "1000000.5"])
+def test_a_number_without_a_unit_is_not_taken_for_bytes(text: str) -> None:
+    number = text.strip()
+    for parse in (lambda: parse_size(text, RAM), lambda: parse_rate(text), lambda: parse_file_size(text, "a size")):
+        with pytest.raises(ConfigError, match=rf"the unit is missing; write {number}GB, {number}MB or.* {number}B"):
+            parse()
+
+
+@pytest.mark.parametrize(
+    "text", ["9" * 5000, "9" * 5000 + "GB", "1." + "9" * 5000 + "GB", "x" * 5000, "9" * 5000 + "%"]
+)
+def test_a_size_of_any_length_is_refused_in_a_short_message(text: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_size(text, RAM)
+    assert len(str(refusal.value)) < 250
+
+
+def test_the_size_of_a_file_is_no_share_of_anything() -> None:
+    assert parse_file_size("80MB", "the size of the demo") == 80_000_000
+    for text in ("foo", "50%", "", "-1GB", "0GB"):
+        with pytest.raises(ConfigError, match=r"cannot use '.*' as the size of the demo: write for example 2\.5GB"):
+            parse_file_size(text, "the size of the demo")
 
 
 def test_rates_are_sizes_per_second() -> None:
