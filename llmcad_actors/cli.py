@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from llmcad_actors import command
+from llmcad_actors import command, output
 from llmcad_actors.bundled import DEMO
 from llmcad_actors.cli_caches import add_cache_commands
 from llmcad_actors.cli_demo import demo_to_plan, made_demo
@@ -27,6 +27,7 @@ from llmcad_actors.cli_options import (
     AsJson,
     Chat,
     MaxNewTokens,
+    Quiet,
     Stop,
     Threads,
     TraceFile,
@@ -41,10 +42,7 @@ from llmcad_actors.prompt import check_prompt, check_text
 from llmcad_actors.shorthand import DEMO_MEMORY
 
 if TYPE_CHECKING:
-    from llmcad_actors.engine import Engine
     from llmcad_actors.planning import Prepared
-    from llmcad_actors.results import Result
-    from llmcad_actors.status import StatusLine
 
 
 class Commands(TyperGroup):
@@ -94,7 +92,7 @@ def show_version(is_asked: bool) -> None:
     if is_asked:
         from llmcad_actors.versions import summary
 
-        print(summary())
+        output.write(summary() + "\n")
         raise typer.Exit
 
 
@@ -119,6 +117,7 @@ def generate(
     stop: Stop = None,
     chat: Chat = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     trace: TraceFile = None,
 ) -> None:
     """Continue a text with a model bigger than the memory cap; the text streams as it is accepted."""
@@ -132,14 +131,10 @@ def generate(
     if not (text or chat):  # refused before anything starts, if at all
         job.opening()
     tell(check_prompt(job, text, max_new_tokens, chat=chat))
-    from llmcad_actors.engine import Engine
-    from llmcad_actors.status import StatusLine
+    from llmcad_actors.cli_runs import run_generate
 
-    with StatusLine(screen) as line, Engine.start(job, say=line.say, count_caller=True) as engine:
-        options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "chat": chat, "trace": trace}
-        result = _stream(engine, line, text, show=not as_json, **options)
-    if as_json:
-        print(json.dumps(_report(result, job)))
+    options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "chat": chat, "trace": trace}
+    run_generate(job, text, as_json=as_json, quiet=quiet, **options)
 
 
 @app.command(epilog=epilog("plan"), rich_help_panel=RUN)
@@ -148,11 +143,11 @@ def generate(
 def plan(job: "Prepared", as_json: AsJson = False) -> None:
     """Show how the memory cap is split, what is pinned and what is streamed. Starts nothing."""
     if as_json:
-        print(json.dumps(job.forecast()))
+        output.write(json.dumps(job.forecast()) + "\n")
     else:
         from llmcad_actors.cli_views import plan_table
 
-        Console().print(plan_table(job))
+        output.show(plan_table(job))
 
 
 @app.command(epilog=epilog("demo"), rich_help_panel=RUN)
@@ -180,18 +175,13 @@ def demo(
     given = {"target": DEMO, "memory": memory} | ({"threads": threads} if threads else {})
     job = job_of(given, lambda: made_demo(size_bytes))
     tell(check_prompt(job, prompt, max_new_tokens))
-    from llmcad_actors.cli_views import demo_table
-    from llmcad_actors.engine import Engine
-    from llmcad_actors.status import StatusLine
+    from llmcad_actors.cli_runs import run_demo
 
-    with StatusLine(screen) as line, Engine.start(job, say=line.say, count_caller=True) as engine:
-        fast = _stream(engine, line, prompt, show=not as_json, max_new_tokens=max_new_tokens, trace=trace)
-        line.say(f"the same without speculation, {plain_tokens} tokens")
-        plain = engine.generate(prompt, max_new_tokens=plain_tokens, speculate=False)
-    if as_json:
-        print(json.dumps(_demo_report(fast, plain, job)))
-    else:
-        Console().print(demo_table(fast, plain, job))
+    is_same = run_demo(
+        job, prompt, max_new_tokens=max_new_tokens, plain_tokens=plain_tokens, as_json=as_json, trace=trace
+    )
+    if not is_same:
+        raise typer.Exit(1)
 
 
 @app.command(epilog=epilog("doctor"), rich_help_panel=MACHINE)
@@ -212,7 +202,7 @@ def doctor(
     from llmcad_actors.doctor import examine
     from llmcad_actors.doctor_views import tables
 
-    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
+    with Progress(console=screen, redirect_stdout=False, transient=True, disable=not screen.is_terminal) as bar:
         bars: dict[str, TaskID] = {}
 
         def say(what: str, share: float | None) -> None:  # without a share the bar only pulses
@@ -224,10 +214,10 @@ def doctor(
 
         report = examine(path, quick=quick, replace=replace, say=say)
     if as_json:
-        print(json.dumps(report.as_dict()))
+        output.write(json.dumps(report.as_dict()) + "\n")
     else:
         for table in tables(report):
-            Console().print(table)
+            output.show(table)
     if not report.is_fit:
         raise typer.Exit(1)
 
@@ -248,7 +238,7 @@ def convert_model(
 
     from llmcad_actors.convert import convert  # here: it needs torch, and no other command does
 
-    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
+    with Progress(console=screen, redirect_stdout=False, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task(f"converting {source.name}", total=None)
         made = convert(
             source,
@@ -257,7 +247,7 @@ def convert_model(
             dtype=dtype,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    print(made)
+    output.write(f"{made}\n")
 
 
 @app.command("trace", epilog=epilog("trace"), rich_help_panel=FILES)
@@ -279,35 +269,9 @@ def show_trace(
     if png is not None:
         draw(trace, png)
     if tree is not None:
-        Console().print(token_tree(trace, tree))
+        output.show(token_tree(trace, tree))
     if (out, png, tree) == (None, None, None):
-        Console().print(summary_table(trace))
-
-
-def _stream(engine: "Engine", line: "StatusLine", prompt: str, *, show: bool, **options: Any) -> "Result":
-    """Generate, writing accepted text to standard output as it comes."""
-    line.follow(engine)
-    pieces = []
-    for piece in engine.stream(prompt, provisional=show, **options):
-        pieces.append(piece)
-        if show:
-            line.guess(piece.text) if piece.provisional else line.write(piece.text)
-    line.end()
-    return engine.result(pieces)
-
-
-def _report(result: "Result", job: "Prepared") -> dict[str, Any]:
-    draft = str(job.draft.path) if job.draft else None
-    return {**result.as_dict(), "target_path": str(job.target.path), "draft_path": draft}
-
-
-def _demo_report(fast: "Result", plain: "Result", job: "Prepared") -> dict[str, Any]:
-    return {
-        **_report(fast, job),
-        "target_bytes": job.target.total_bytes,
-        "seconds_per_token": fast.stats.seconds / fast.stats.new_tokens,
-        "plain_seconds_per_token": plain.stats.seconds / plain.stats.new_tokens,
-    }
+        output.show(summary_table(trace))
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from llmcad_actors import output
 from llmcad_actors.cli_examples import epilog
 from llmcad_actors.cli_options import AsJson
 from llmcad_actors.core.sizes import format_size
@@ -36,13 +37,12 @@ def models(as_json: AsJson = False) -> None:
     found, places = held_models(), {"llmcad": str(cache_folder()), "Hugging Face": str(hub_cache())}
     if as_json:
         rows = [{**asdict(model), "path": str(model.path), "can_run": not model.problem} for model in found]
-        print(json.dumps({"models": rows, "caches": places}))
+        output.write(json.dumps({"models": rows, "caches": places}) + "\n")
         return
-    screen = Console()
-    screen.print(models_table(found))
+    output.show(models_table(found))
     for name, folder in places.items():
         held = format_size(sum(model.nbytes for model in found if model.place == name))
-        screen.print(f"{name} cache: {folder} ({held} of models)", markup=False, highlight=False, soft_wrap=True)
+        output.write(f"{name} cache: {folder} ({held} of models)\n")
 
 
 def clean(yes: Yes = False) -> None:

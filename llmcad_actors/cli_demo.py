@@ -18,7 +18,7 @@ def made_demo(size_bytes: int = DEMO_BYTES) -> Path:
     if not is_demo_made(size_bytes):
         tell([f"the demo's target is made once: {format_size(size_bytes)} in {folder} (`llmcad clean` removes it)"])
     screen = Console(stderr=True)
-    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
+    with Progress(console=screen, redirect_stdout=False, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("enlarging the bundled target (once)", total=None)
         try:
             return demo_target(size_bytes, lambda done, total: bar.update(task, completed=done, total=total))

@@ -156,6 +156,9 @@ Chat = Annotated[bool, _option("--chat", panel=OUTPUT, text="Put the model's cha
 AsJson = Annotated[
     bool, _option("--json", panel=OUTPUT, text="One JSON object as the last line; nothing else on standard output.")
 ]
+Quiet = Annotated[
+    bool, _option("--quiet", "-q", panel=OUTPUT, text="No status line while it runs, no summary at the end.")
+]
 TraceFile = Annotated[
     Path | None, _option("--trace", panel=OUTPUT, text="Write what every part does to this file; see `llmcad trace`.")
 ]

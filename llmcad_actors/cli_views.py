@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from rich.table import Table
 
+from llmcad_actors.comparison import Comparison
 from llmcad_actors.core.budget import format_size
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.planning import Prepared
-from llmcad_actors.results import Result
 
 DEMO_ROWS: tuple[tuple[str, Callable[[Stats], str]], ...] = (
     ("seconds per token", lambda s: f"{s.seconds / s.new_tokens:.2f}"),
@@ -18,14 +18,14 @@ DEMO_ROWS: tuple[tuple[str, Callable[[Stats], str]], ...] = (
 )
 
 
-def demo_table(fast: Result, plain: Result, job: Prepared) -> Table:
-    """The comparison that the demo ends with."""
+def demo_table(compared: Comparison, job: Prepared) -> Table:
+    """The figures of both runs that the demo ends with."""
     cap = format_size(job.memory.cap_bytes)
     table = Table(title=f"{format_size(job.target.total_bytes)} of weights, memory cap {cap}")
     for column in ("", "speculation", "plain"):
         table.add_column(column, justify="right" if column else "left")
     for name, of in DEMO_ROWS:
-        table.add_row(name, of(fast.stats), of(plain.stats))
+        table.add_row(name, of(compared.fast.stats), of(compared.plain.stats))
     return table
 
 

@@ -222,6 +222,7 @@ class Engine:
             self.prepared.memory.cap_bytes,
             stats.new_tokens if stats else 0,
             stats.tokens_per_pass if stats else 0.0,
+            stats.seconds if stats else 0.0,
         )
 
     def _request(self, options: RequestOptions) -> Request:
@@ -254,6 +255,10 @@ class Engine:
                         yield from self._handle(event, detokenizer, stops)
             if tail := stops.feed(detokenizer.flush(), final=True):
                 yield Piece(tail, ())
+        except RuntimeFailure:
+            if tail := stops.feed(detokenizer.flush(), final=True):
+                yield Piece(tail, ())  # accepted, and held back for what would have completed it
+            raise
         finally:
             self._finish(before, shed)
 

@@ -21,7 +21,7 @@ class Result:
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: str  # "stop" | "length"
+    finish_reason: str  # "stop" | "length"; of `--json` also "error" | "interrupted"
     stats: Stats
 
     def as_dict(self) -> dict[str, Any]:
@@ -42,3 +42,4 @@ class Status:
     memory_cap_bytes: int
     new_tokens: int
     tokens_per_pass: float
+    seconds: float = 0.0  # from the request's beginning to the end of its latest pass

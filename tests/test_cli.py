@@ -405,4 +405,6 @@ def test_the_demo_compares_speculation_with_plain_decoding(llmcad: Llmcad) -> No
     assert f"the demo's target is made once: 80.0 MB in {report['target_path']} (`llmcad clean` " in done.stderr
     assert report["seconds_per_token"] > 0
     assert report["plain_seconds_per_token"] > 0
+    assert report["times_faster"] == report["plain_seconds_per_token"] / report["seconds_per_token"]
+    assert report["same_text"] is True
     assert report["stats"]["spilled_bytes"] == 0

@@ -1,0 +1,100 @@
+"""What `llmcad generate` and `llmcad demo` do once their options are understood: run, and tell.
+
+Standard output gets the text and nothing else, or with `--json` the object. All that is about the run goes to standard
+error: the status line, the summary, the demo's prompt and table.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from llmcad_actors.cli_report import Account
+from llmcad_actors.cli_views import demo_table
+from llmcad_actors.comparison import Comparison
+from llmcad_actors.engine import Engine
+from llmcad_actors.errors import LlmcadError
+from llmcad_actors.planning import Prepared
+from llmcad_actors.results import Result
+from llmcad_actors.status import StatusLine, summary
+
+
+def run_generate(job: Prepared, prompt: str, *, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Start an engine and continue `prompt`; options as for `Engine.stream`."""
+    with running(job, as_json=as_json, quiet=quiet) as (engine, line, account):
+        generate(engine, line, account, prompt, as_json=as_json, quiet=quiet, **options)
+
+
+def run_demo(
+    job: Prepared, prompt: str, *, max_new_tokens: int, plain_tokens: int, as_json: bool, trace: Path | None
+) -> bool:
+    """Continue `prompt` with speculation, then its beginning without; whether both texts are the same."""
+    with running(job, as_json=as_json, quiet=False) as (engine, line, account):
+        if not as_json:
+            line.lead(prompt)
+        fast = stream(engine, line, account, prompt, show=not as_json, max_new_tokens=max_new_tokens, trace=trace)
+        with line.following(engine, f"now {plain_tokens} tokens without speculation"):
+            plain = engine.generate(prompt, max_new_tokens=plain_tokens, speculate=False)
+        compared = Comparison(fast, plain)
+        account.give(fast, prompt=prompt, target_bytes=job.target.total_bytes, **compared.as_dict())
+        if not as_json:
+            line.end()
+            tell_comparison(compared, job)
+    return compared.is_same
+
+
+@contextmanager
+def running(job: Prepared, *, as_json: bool, quiet: bool) -> Iterator[tuple[Engine, StatusLine, Account]]:
+    """An engine, its status line, and the account of what it gives, which with `--json` is written in any case."""
+    account = Account(job, as_json=as_json)
+    with (
+        account.guarded(),  # its start
+        StatusLine(draws=not quiet) as line,
+        Engine.start(job, say=line.say, count_caller=True) as engine,
+        account.guarded(),  # the request: written before the engine is closed, which may take a while or break too
+    ):
+        yield engine, line, account
+
+
+def generate(
+    engine: Engine, line: StatusLine, account: Account, prompt: str, *, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """One request, from its first piece to what is said at its end."""
+    result = stream(engine, line, account, prompt, show=not as_json, **options)
+    account.give(result)
+    if not (as_json or quiet):
+        say(summary(result.stats), style="dim")
+
+
+def stream(engine: Engine, line: StatusLine, account: Account, prompt: str, *, show: bool, **options: Any) -> Result:
+    """Generate, writing accepted text to standard output as it comes. However this ends, the request has ended."""
+    pieces = []
+    coming = engine.stream(prompt, provisional=show and line.shows_guesses, **options)
+    try:
+        with line.following(engine), closing(coming):
+            for piece in coming:
+                if piece.provisional:
+                    line.guess(piece.text)
+                    continue
+                pieces.append(piece)
+                account.add(piece, engine.stats)
+                if show:
+                    line.write(piece.text)
+    finally:
+        line.end()
+        with suppress(LlmcadError):
+            account.know(engine.stats)
+    return engine.result(pieces)
+
+
+def tell_comparison(compared: Comparison, job: Prepared) -> None:
+    """The demo's figures, and in words what they show."""
+    Console(stderr=True).print(demo_table(compared, job))
+    say(compared.verdict, style="bold" if compared.is_same else "bold red")
+
+
+def say(text: str, *, style: str) -> None:
+    """On standard error, as one line however long."""
+    Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
