@@ -192,7 +192,7 @@ def test_rules_that_are_not_followed_are_named_before_the_start(target: Path, tm
     model = with_settings(target, tmp_path / "model", {"num_beams": 4, "stop_strings": ["x"], "penalty_alpha": None})
     (note,) = local(model, None).job.notices
     assert "num_beams, stop_strings, which llmcad does not follow" in note
-    command = [sys.executable, "-m", "llmcad_actors.cli", "plan", "--target", str(model), "--memory", "4GB", "--json"]
+    command = [sys.executable, "-m", "llmcad_actors.cli", "plan", "--target", str(model), "--draft", "none", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert done.stderr == f"llmcad: {note}\n"
     assert json.loads(done.stdout)

@@ -157,11 +157,13 @@ def test_a_job_is_planned_within_the_machine(tmp_path: Path) -> None:
 
 def test_in_a_real_cgroup_the_command_plans_within_its_limit(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "model", layers=1)
-    arguments = [sys.executable, "-m", "llmcad_actors.cli", "plan", "--target", str(model), "--json", "--memory"]
+    arguments = [sys.executable, "-m", "llmcad_actors.cli", "plan", "--target", str(model), "--json", "--draft", "none"]
     try:
         with memory_cgroup(2 * GIB) as cgroup:
             of_share, of_more = (
-                subprocess.run(cgroup.command([*arguments, memory]), capture_output=True, text=True, timeout=120)
+                subprocess.run(
+                    cgroup.command([*arguments, "--memory", memory]), capture_output=True, text=True, timeout=120
+                )
                 for memory in ("75%", "3GiB")
             )
             assert 0 < (cgroup.peak_bytes() or 1) <= 2 * GIB
