@@ -12,17 +12,16 @@ from contextlib import suppress
 from numbers import Integral, Real
 from typing import TypeGuard
 
+from llmcad_actors.core.quoting import quoted
 from llmcad_actors.errors import ConfigError
-
-SHOWN = 200  # characters of a value, in a message
 
 
 def whole_number(name: str, value: object, least: int, most: int) -> int:
     """Raises `ConfigError` unless `value` is an integer of [least, most]."""
     if not is_whole(value) or int(value) < least:
-        raise ConfigError(f"{name}: {shown(value)} must be a whole number of at least {least}")
+        raise ConfigError(f"{name}: {quoted(value)} must be a whole number of at least {least}")
     if int(value) > most:
-        raise ConfigError(f"{name}: {shown(value)} is too large; {most} is the most")
+        raise ConfigError(f"{name}: {quoted(value)} is too large; {most} is the most")
     return int(value)
 
 
@@ -34,12 +33,12 @@ def is_whole(value: object) -> TypeGuard[Integral]:
 def share(name: str, value: object) -> float:
     """Raises `ConfigError` unless `value` is a number between 0 and 1, both excluded."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise ConfigError(f"{name}: {shown(value)} must be a number")
+        raise ConfigError(f"{name}: {quoted(value)} must be a number")
     number = math.inf
     with suppress(OverflowError):  # a whole number too large for it
         number = float(value)
     if not 0 < number < 1:
-        raise ConfigError(f"{name}: {shown(value)} must lie between 0 and 1")
+        raise ConfigError(f"{name}: {quoted(value)} must lie between 0 and 1")
     return number
 
 
@@ -47,7 +46,7 @@ def flag(name: str, value: object) -> bool:
     """Raises `ConfigError` unless `value` is true or false."""
     numpy = sys.modules.get("numpy")  # not imported for this: without it nothing is of it
     if not isinstance(value, bool) and not (numpy is not None and isinstance(value, numpy.bool_)):
-        raise ConfigError(f"{name}: {shown(value)} must be true or false")
+        raise ConfigError(f"{name}: {quoted(value)} must be true or false")
     return bool(value)
 
 
@@ -57,7 +56,7 @@ def text(name: str, value: object, words: str = "text") -> str:
     Half a surrogate pair, which is what Python makes of bytes that are no UTF-8, cannot.
     """
     if not isinstance(value, str):
-        raise ConfigError(f"{name}: {shown(value)} must be {words}")
+        raise ConfigError(f"{name}: {quoted(value)} must be {words}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -72,23 +71,23 @@ def path(name: str, value: object, words: str) -> str:
     given = os.fspath(value) if isinstance(value, os.PathLike) else value
     found = text(name, given, words)
     if "\0" in found:
-        raise ConfigError(f"{name}: {shown(value)} cannot be a path: it holds a zero byte")
+        raise ConfigError(f"{name}: {quoted(value)} cannot be a path: it holds a zero byte")
     return found
 
 
 def one_of(name: str, value: object, known: Sequence[str]) -> str:
     """Raises `ConfigError` unless `value` is one of the words `known`."""
     if not isinstance(value, str) or value not in known:
-        raise ConfigError(f"{name}: {shown(value)} is not known; choose one of {', '.join(known)}")
+        raise ConfigError(f"{name}: {quoted(value)} is not known; choose one of {', '.join(known)}")
     return str.__str__(value)
 
 
 def counts(name: str, value: object, most: int) -> tuple[int, ...]:
     """Raises `ConfigError` unless `value` is a list or tuple of one or more numbers from 1 to `most`."""
     if not isinstance(value, tuple | list):
-        raise ConfigError(f"{name}: {shown(value)} must be a list of numbers")
+        raise ConfigError(f"{name}: {quoted(value)} must be a list of numbers")
     if not value or not all(is_whole(item) and 1 <= int(item) <= most for item in value):
-        raise ConfigError(f"{name}: {shown(value)} must be one or more numbers above 0, such as 1,1,3,1")
+        raise ConfigError(f"{name}: {quoted(value)} must be one or more numbers above 0, such as 1,1,3,1")
     return tuple(int(item) for item in value)
 
 
@@ -98,7 +97,7 @@ def stop_strings(name: str, value: object) -> tuple[str, ...]:
     An empty one is refused: every text would end before it began.
     """
     if not isinstance(value, str | list | tuple):
-        raise ConfigError(f"{name}: {shown(value)} must be a text, or a list of texts")
+        raise ConfigError(f"{name}: {quoted(value)} must be a text, or a list of texts")
     stops = tuple(text(name, stop) for stop in ([value] if isinstance(value, str) else value))
     if "" in stops:
         raise ConfigError(f"{name}: an empty text cannot be waited for; leave it out")
@@ -108,28 +107,11 @@ def stop_strings(name: str, value: object) -> tuple[str, ...]:
 def function(name: str, value: object) -> None:
     """Raises `ConfigError` unless `value` can be called."""
     if not callable(value):
-        raise ConfigError(f"{name}: {shown(value)} must be a function")
+        raise ConfigError(f"{name}: {quoted(value)} must be a function")
 
 
 def known_names(what: str, names: Iterable[str], known: Sequence[str]) -> None:
     """Raises `ConfigError` for the first of `names` that is not known, with those that are."""
     for name in names:
         if name not in known:
-            raise ConfigError(f"unknown {what} {shown(name)}; known: {', '.join(sorted(known))}")
-
-
-def shown(value: object) -> str:
-    """A value as messages quote it: 200 characters at most, whatever it is."""
-    try:
-        written = _repr(value)
-    except Exception:  # a caller's own __repr__
-        return f"a {type(value).__name__}"
-    return written if len(written) <= SHOWN else f"{written[:SHOWN]}..."
-
-
-def _repr(value: object) -> str:
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > SHOWN * 4:
-        return f"a number of about {round(value.bit_length() * math.log10(2))} digits"
-    if isinstance(value, str | bytes):
-        value = value[: SHOWN + 1]  # not a copy of megabytes
-    return repr(value)
+            raise ConfigError(f"unknown {what} {quoted(name)}; known: {', '.join(sorted(known))}")

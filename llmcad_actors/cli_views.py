@@ -3,9 +3,11 @@
 from collections.abc import Callable
 
 from rich.table import Table
+from rich.text import Text
 
 from llmcad_actors.comparison import Comparison
 from llmcad_actors.core.budget import format_size
+from llmcad_actors.core.quoting import shown
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.planning import Prepared
 
@@ -32,7 +34,8 @@ def demo_table(compared: Comparison, job: Prepared) -> Table:
 def plan_table(job: Prepared) -> Table:
     """How the cap is split, what is streamed, and how long a pass will take."""
     memory = job.memory
-    table = Table(title=f"{job.target_name}: {format_size(job.target.total_bytes)} of weights", show_header=False)
+    title = Text(f"{shown(job.target_name)}: {format_size(job.target.total_bytes)} of weights")  # not markup
+    table = Table(title=title, show_header=False)
     for name, size in memory.rows():
         table.add_row(name, format_size(size))
     table.add_section()

@@ -10,7 +10,9 @@ from typing import Any, TypedDict, TypeVar
 import yaml
 
 from llmcad_actors import checks
+from llmcad_actors.core.quoting import quoted, shown
 from llmcad_actors.errors import ConfigError
+from llmcad_actors.storage.small_file import read_small
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -18,6 +20,8 @@ BUILDERS = ("best-first", "pacer")
 FALLBACKS = ("marginal", "adaptive", "fixed-depth", "fixed-tree", "token-confidence", "full-tree")
 READINGS = ("power", "average")
 DTYPES = ("auto", "float32", "bfloat16")
+YAML_BYTES = 64_000  # of settings, and of comments on them
+DEEPEST = 4
 
 
 MOST = 10**6  # of what is counted
@@ -130,7 +134,7 @@ def _memory(name: str, value: object) -> str:
     if isinstance(value, str):
         return checks.text(name, value)
     if not checks.is_whole(value):
-        raise ConfigError(f"{name}: {checks.shown(value)} must be text, such as '1.5GB', or a whole number of bytes")
+        raise ConfigError(f"{name}: {quoted(value)} must be text, such as '1.5GB', or a whole number of bytes")
     return str(checks.whole_number(name, value, 1, MOST_BYTES * 1024))
 
 
@@ -175,23 +179,43 @@ def setting_names() -> tuple[str, ...]:
 
 def read_config(file: Path) -> dict[str, Any]:
     """Settings of a YAML file, by `EngineConfig` field. Raises `ConfigError` for an unknown key."""
+    content = read_small(file, YAML_BYTES, ConfigError)
     try:
-        data = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, dates that are none
-        raise ConfigError(f"{file} is not YAML: {error}") from None
+        text = content.decode("utf-8")
+        _check_yaml(file, text)
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no text, dates that are none
+        raise ConfigError(f"{shown(file)} is not YAML: {shown(' '.join(str(error).split()))}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{file}: expected `setting: value` lines")
+        raise ConfigError(f"{shown(file)}: expected `setting: value` lines")
     known = sorted(field.name for field in dataclasses.fields(EngineConfig))
     for key in data:
         if key not in known:
-            raise ConfigError(f"{file}: unknown setting {key!r}; known: {', '.join(known)}")
+            raise ConfigError(f"{shown(file)}: unknown setting {quoted(key)}; known: {', '.join(known)}")
     if isinstance(data.get("widths"), list):
         data["widths"] = tuple(data["widths"])
     return {key: value for key, value in data.items() if value is not None}
+
+
+def _check_yaml(file: Path, text: str) -> None:
+    """Settings, each once, with plain values: what refers to itself or nests grows beyond its text when it is read."""
+    seen, depth, is_key = set(), 0, True
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{shown(file)}: settings do not refer to each other (*{shown(event.anchor)}); repeat it")
+        if depth == 1 and is_key and isinstance(event, yaml.ScalarEvent):
+            if event.value in seen:
+                raise ConfigError(f"{shown(file)}: {quoted(event.value)} is set twice; leave one")
+            seen.add(event.value)
+        if depth == 1 and not isinstance(event, yaml.CollectionEndEvent):
+            is_key = not is_key
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ConfigError(
+                f"{shown(file)}: values are nested more than {DEEPEST} deep; write `setting: value` lines"
+            )
 
 
 @dataclass(frozen=True, slots=True)

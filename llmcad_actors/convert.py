@@ -11,7 +11,6 @@ import os
 import pickle
 import re
 import shutil
-import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -23,11 +22,13 @@ import psutil
 import torch
 
 from llmcad_actors.core.budget import format_size, parse_size
+from llmcad_actors.core.quoting import shown
 from llmcad_actors.errors import CheckpointError, ConfigError, MemoryCapError, StorageError
 from llmcad_actors.models.families import family_of
 from llmcad_actors.models.tensors import DTYPES
-from llmcad_actors.storage.checkpoint import COMPUTED, INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint
+from llmcad_actors.storage.checkpoint import COMPUTED, INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint, weight_map_of
 from llmcad_actors.storage.layout import layout_of
+from llmcad_actors.storage.small_file import INDEX_BYTES, read_object, reason
 from llmcad_actors.storage.writer import Entry, SafetensorsWriter, entry_bytes
 
 RECORD = "llmcad_converted.json"  # what was made from what; its presence marks a directory of ours
@@ -74,8 +75,10 @@ def convert(
     source, out = Path(source), Path(out)
     if dtype not in ("auto", *ASKED):
         raise ConfigError(f"dtype: {dtype!r} is not known; choose one of auto, {', '.join(ASKED)}")
-    config = _config(source)
-    files = _pickles(source)
+    try:
+        config, files = _config(source), _pickles(source)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{shown(source)} cannot be opened: {reason(error)}") from None
     cap = parse_size(memory, psutil.virtual_memory().total)
     block = _block_bytes(cap)
     record = {"version": 1, "files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}, "dtype": dtype}
@@ -114,17 +117,7 @@ def _config(source: Path) -> dict[str, Any]:
     file = source / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{source} has no config.json; give a Hugging Face model directory with {PICKLE}")
-    return _object(file)
-
-
-def _object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}; fetch the file again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} is not a JSON object; fetch the file again")
-    return value
+    return read_object(file)
 
 
 def _pickles(source: Path) -> list[Path]:
@@ -135,13 +128,15 @@ def _pickles(source: Path) -> list[Path]:
         return [source / PICKLE]
     if not (source / PICKLE_INDEX).is_file():
         raise CheckpointError(f"{source} has neither {PICKLE} nor {PICKLE_INDEX}; there is nothing to convert")
-    weight_map = _object(source / PICKLE_INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    weight_map = weight_map_of(source / PICKLE_INDEX)
+    if not weight_map:
         raise CheckpointError(f"{source / PICKLE_INDEX} has no usable weight_map; fetch the file again")
-    files = [source / str(name) for name in sorted(set(weight_map.values()))]
+    files = [source / name for name in sorted(set(weight_map.values()))]
     for file in files:
         if file.parent != source or not file.is_file():
-            raise CheckpointError(f"{PICKLE_INDEX} of {source} names {file.name}, which is absent; fetch that file")
+            raise CheckpointError(
+                f"{PICKLE_INDEX} of {source} names {shown(file.name)}, which is absent; fetch that file"
+            )
     return files
 
 
@@ -158,18 +153,37 @@ def _load(file: Path, cap: int) -> dict[str, torch.Tensor]:
     try:
         with warnings.catch_warnings(action="ignore"):  # of pickles that are refused
             if zipfile.is_zipfile(file):
+                _check_stored(file)
                 weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             else:
                 weights = _load_old(file, cap)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_why_unsafe(file, str(error))) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, struct.error) as error:
+    except MemoryCapError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything that Python can
         raise CheckpointError(
-            f"{file} is damaged ({(str(error) or repr(error)).splitlines()[0]}); fetch it again"
+            f"{shown(file)} is damaged ({shown((str(error) or repr(error)).splitlines()[0])}); fetch it again"
         ) from None
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise CheckpointError(f"{file} holds something other than named tensors; it is no model checkpoint")
+        raise CheckpointError(f"{shown(file)} holds something other than named tensors; it is no model checkpoint")
+    for name, tensor in weights.items():
+        is_stored = tensor.layout != torch.strided or tensor.nbytes <= tensor.untyped_storage().nbytes()
+        if not isinstance(name, str) or not is_stored:
+            raise CheckpointError(
+                f"{shown(file)} is damaged (tensor {shown(name)} is larger than what is stored of it); fetch it again"
+            )
     return weights
+
+
+def _check_stored(file: Path) -> None:
+    """What a zip file holds is no larger than the file: PyTorch compresses nothing. Raises ValueError."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its parts are compressed, which PyTorch does not do")
+    if sum(entry.file_size for entry in entries) > file.stat().st_size:
+        raise ValueError("its parts are larger than itself")
 
 
 def _load_old(file: Path, cap: int) -> Any:
@@ -185,8 +199,8 @@ def _load_old(file: Path, cap: int) -> Any:
 def _why_unsafe(file: Path, error: str) -> str:
     found = re.search(r"GLOBAL ([\w.]+)", error)
     if found is None and "Unsupported" not in error:
-        return f"{file} is damaged ({error.splitlines()[0]}); fetch it again"
-    what = f"call {found[1]}" if found else "do more than give tensors"
+        return f"{shown(file)} is damaged ({shown(error.splitlines()[0])}); fetch it again"
+    what = f"call {shown(found[1])}" if found else "do more than give tensors"
     return (
         f"{file} wants to {what} when it is loaded, which weights have no reason to do: it is refused, and nothing "
         "of it was run. Do not load this file; fetch the model from a source you trust, as safetensors"
@@ -202,8 +216,8 @@ def _tensors(file: Path, cap: int, asked: str | None, head: set[str]) -> Iterato
             continue
         if tensor.dtype not in STORED or tensor.layout != torch.strided:
             raise CheckpointError(
-                f"tensor {name} of {file} is stored as {tensor.dtype}; llmcad runs plain float weights only: use the "
-                "original, unquantised checkpoint"
+                f"tensor {shown(name)} of {shown(file)} is stored as {tensor.dtype}; llmcad runs plain float weights "
+                "only: use the original, unquantised checkpoint"
             )
         yield _Tensor(name, file.name, asked or STORED[tensor.dtype], tuple(tensor.shape))
 
@@ -226,7 +240,9 @@ def _is_made(out: Path, record: dict[str, Any]) -> bool:
     """True when `out` is this very job, complete; False when it is free. StorageError otherwise."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    if not (out / RECORD).is_file() or {**_object(out / RECORD), **record} != _object(out / RECORD):
+    if not (out / RECORD).is_file() or {**read_object(out / RECORD, INDEX_BYTES), **record} != read_object(
+        out / RECORD, INDEX_BYTES
+    ):
         raise StorageError(f"{out} holds something else; choose another folder, or remove that one first")
     Checkpoint.open(out)
     return True
@@ -234,7 +250,7 @@ def _is_made(out: Path, record: dict[str, Any]) -> bool:
 
 def _prepare(partial: Path, record: dict[str, Any], total: int) -> None:
     """The folder of an interrupted run of the same job, or a new one on a disk with room."""
-    if partial.exists() and not ((partial / RECORD).is_file() and _object(partial / RECORD) == record):
+    if partial.exists() and not ((partial / RECORD).is_file() and read_object(partial / RECORD, INDEX_BYTES) == record):
         raise StorageError(f"{partial} is in the way, and not the beginning of this conversion; remove it first")
     partial.mkdir(parents=True, exist_ok=True)
     for stale in partial.glob("*.partial"):

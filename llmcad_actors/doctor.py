@@ -4,6 +4,7 @@ Measures disk and cores again every time and keeps the figures (`doctor_figures`
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from packaging.requirements import Requirement
 from llmcad_actors.bundled import cache_folder
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import LEAST_STORE_BYTES, STORE_SLACK_BYTES, format_size, window_bytes
+from llmcad_actors.core.quoting import shown
 from llmcad_actors.doctor_child import run_module
 from llmcad_actors.doctor_disk import QUICK, Effort, measure_disk, parts_of, probe_file
 from llmcad_actors.doctor_figures import ComputeFigures, DiskFigures, keep, taken_for
@@ -96,8 +98,8 @@ def examine(
     replace: keep the figures of a busy machine in place of a quiet one's.
     Raises `ConfigError` where `path` is no folder.
     """
-    if path is not None and not path.is_dir():
-        raise ConfigError(f"--path {path} is not a folder; give a folder to test, or a checkpoint's")
+    if path is not None and not os.path.isdir(path):  # which a name that cannot be is not either
+        raise ConfigError(f"--path {shown(path)} is not a folder; give a folder to test, or a checkpoint's")
     report = Report(path or cache_folder())
     store_bytes = LEAST_STORE_BYTES
     with report.about("checkpoint"):

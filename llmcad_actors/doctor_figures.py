@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from llmcad_actors.bundled import cache_folder
+from llmcad_actors.core.quoting import quoted
 from llmcad_actors.doctor_load import Taken
+from llmcad_actors.errors import CheckpointError
+from llmcad_actors.storage.small_file import read_object
 
 VERSION = 2
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +44,10 @@ class DiskFigures:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Self:
+        """Raises KeyError, TypeError or ValueError for what no measurement is."""
         rates = tuple(DiskRate(**rate) for rate in data["rates"])
-        return cls(data["bytes_per_s"], data["threads"], data["chunk_bytes"], data["is_direct"], rates)
+        threads, chunk_bytes = _count(data["threads"]), _count(data["chunk_bytes"])
+        return cls(_rate(data["bytes_per_s"]), threads, chunk_bytes, bool(data["is_direct"]), rates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +65,10 @@ class ComputeFigures:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Self:
-        rows, columns = data["matrix"]
+        """Raises KeyError, TypeError or ValueError for what no measurement is."""
+        rows, columns = (_count(size) for size in data["matrix"])
         products, layers = _by_rows(data["matmul_flops"]), _by_rows(data["layer_flops"])
-        return cls(data["threads"], (rows, columns), products, data["copy_bytes_per_s"], layers)
+        return cls(_count(data["threads"]), (rows, columns), products, _rate(data["copy_bytes_per_s"]), layers)
 
     def product_seconds(self, rows: int, dtype: str) -> float:
         """Time of multiplying so many rows with the matrix."""
@@ -77,8 +84,24 @@ class ComputeFigures:
 
 
 def _by_rows(rates: Mapping[str, Mapping[str, float]]) -> dict[str, dict[int, float]]:
-    """JSON's keys are text."""
-    return {dtype: {int(rows): rate for rows, rate in by.items()} for dtype, by in rates.items()}
+    """JSON's keys are text. Both types that a target computes in, each with something measured."""
+    found = {dtype: {_count(int(rows)): _rate(rate) for rows, rate in rates[dtype].items()} for dtype in DTYPES}
+    if not all(found.values()):
+        raise ValueError("nothing was measured")
+    return found
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 < value < 1 << 40:
+        raise ValueError(f"not a count: {quoted(value)}")
+    return value
+
+
+def _rate(value: Any) -> float:
+    """Per second; whatever it is of, no machine does so much or so little."""
+    if type(value) not in (int, float) or not 1.0 <= value <= 1e18:
+        raise ValueError(f"not a rate: {quoted(value)}")
+    return float(value)
 
 
 def _seconds_per_number(flops: Mapping[int, float], rows: int) -> float:
@@ -195,10 +218,10 @@ def cpu_model() -> str:
 def _read(file: Path) -> dict[str, Any]:
     """An unreadable file is an empty one: it can be measured again."""
     try:
-        stored = json.loads(file.read_text())
+        stored = read_object(file)
         if stored["version"] == VERSION and isinstance(stored["disks"], dict) and isinstance(stored["cpus"], dict):
             return dict(stored)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (CheckpointError, KeyError):
         pass
     return {"version": VERSION, "disks": {}, "cpus": {}}
 

@@ -23,6 +23,7 @@ from llmcad_actors.storage.dtypes import TORCH_NAMES
 from llmcad_actors.storage.layout import Layout, layout_of
 from llmcad_actors.storage.rows import read_bytes
 from llmcad_actors.storage.safetensors_header import ITEM_BYTES
+from llmcad_actors.storage.small_file import read_object
 from llmcad_actors.storage.writer import Entry, SafetensorsWriter, write_holes
 
 RECORD = "llmcad_enlarged.json"  # what was made from what; its presence marks a directory of ours
@@ -50,6 +51,7 @@ class _Job:
 
     def tensors(self) -> Iterator[EnlargedTensor]:
         named = {self.layout.parameter(name): info for name, info in self.source.tensors.items()}
+        named[self.layout.family.embedding] = self.layout.embedding  # a tied one may be stored as the head
         return TensorPlan(self.old, self.new).tensors(named)
 
 
@@ -176,7 +178,7 @@ def _is_made(destination: Path, job: _Job) -> bool:
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return False
     record = destination / RECORD
-    if not record.is_file() or json.loads(record.read_text()) != job.record:
+    if not record.is_file() or read_object(record, error=StorageError) != job.record:
         raise StorageError(f"{destination} holds something else; choose another folder, or remove that one first.")
     try:
         found = Checkpoint.open(destination).total_bytes

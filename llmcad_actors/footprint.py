@@ -92,7 +92,7 @@ def encoder_bytes(layout: Layout, config: Mapping[str, Any], prompt: int, width:
     """
     if not layout.encoder:
         return 0
-    widest = max(max(tensor.shape) for tensor in layout.encoder[0].tensors)
+    widest = max(max(tensor.shape, default=1) for tensor in layout.encoder[0].tensors)
     states = prompt * (4 * layout.embedding.shape[1] + 3 * widest) * width
     if layout.family.keeps_scores:
         states += prompt * prompt * (layout.family.num_heads(config) * 2 * width + 4 * 8)
@@ -112,7 +112,7 @@ def activation_bytes(
     chunk = min(rows, chunk)
     rotary = 2 * family.head_dim(config) * (4 + width)  # two tables of angles, in float32 at first
     carried = rows * (4 * hidden * width + rotary)  # embedding rows, the model's inputs, hidden states before and after
-    widest = max(max(tensor.shape) for tensor in prepared.layers[0].tensors)
+    widest = max(max(tensor.shape, default=1) for tensor in prepared.layers[0].tensors)
     states = chunk * (4 * hidden + 3 * widest) * width
     if family.experts:  # the joined tensors of one
         states += 2 * max(tensor.nbytes for tensor in prepared.layers[0].tensors)

@@ -1,16 +1,25 @@
 """What crosses processes: frozen values, and their msgpack codec. No pickled classes of ours."""
 
 import dataclasses
-import importlib
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO, cast
 
 import msgpack
 import numpy as np
 
+from llmcad_actors.config import DraftSpec, LoaderSpec, VerifierSpec
+from llmcad_actors.core.calibration import Calibration
+from llmcad_actors.core.costs import CostModel, Costs
+from llmcad_actors.core.fallback import AdaptiveConfidence, FixedDepth, FixedTree, MarginalThroughput, TokenConfidence
+from llmcad_actors.core.quoting import quoted, shown
 from llmcad_actors.core.stats import Stats
+from llmcad_actors.core.trace import TraceBatch
 from llmcad_actors.core.tree import TokenTree
+from llmcad_actors.errors import LlmcadError
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +122,17 @@ class Failed:
 
 Event = Tokens | Provisional | Finished | Failed
 
-_MODULES = ("llmcad_actors.messages", "llmcad_actors.core.", "llmcad_actors.config")
+_SPECS = (LoaderSpec, VerifierSpec, DraftSpec)
+_POLICIES = (AdaptiveConfidence, FixedDepth, FixedTree, MarginalThroughput, TokenConfidence)
+_MESSAGES = (Request, Submission, Grown, PassStats, Verdict, Progress, Tokens, Provisional, Finished, Failed)
+_KINDS = {
+    kind.__name__: kind for kind in (*_MESSAGES, *_SPECS, *_POLICIES, Stats, Costs, CostModel, Calibration, TraceBatch)
+}
+"""What crosses, by the name that stands in bytes and files: a class may move, its name stays."""
+
 _TREE, _DATACLASS, _ARRAY = 1, 2, 3
+_NUMBERS = re.compile(r"[<>=|][biuf][1248]")  # numpy's types that consist of bytes alone
+_MOST_EXTENSIONS = 8  # inside each other; ours are three
 
 
 def pack(value: Any) -> bytes:
@@ -124,26 +142,46 @@ def pack(value: Any) -> bytes:
 
 def unpack(data: bytes) -> Any:
     """Decode what `pack` made; sequences come back as tuples."""
-    return msgpack.unpackb(data, ext_hook=_decode, use_list=False, strict_map_key=False)
+    return _unpack(0, data)
 
 
 def unpack_stream(file: BinaryIO) -> Iterator[Any]:
-    """One value after the other, as `pack` made them, from the start of a file.
+    """One value after the other, as `pack` made them, from the start of a file, which may hold anything.
 
-    Raises ValueError where a value is cut short or none of ours.
+    Raises ValueError where a value is cut short or none of ours. What is allocated is borne out by the file's bytes.
     """
-    values = msgpack.Unpacker(file, ext_hook=_decode, use_list=False, strict_map_key=False)
-    while True:
-        start = values.tell()
+    data = file.read()
+    scanner, start = _scanner(data), 0
+    while start < len(data):
         try:
-            value = values.unpack()
+            scanner.skip()
+            end = scanner.tell()
+            value = unpack(data[start:end])
         except msgpack.OutOfData:
-            if file.tell() > start:
-                raise ValueError(f"it is cut short after byte {start:,}") from None
-            return
-        except (msgpack.UnpackException, ValueError, TypeError, AttributeError, ImportError) as error:
-            raise ValueError(f"there is nothing readable at byte {start:,} ({error!r})") from None
+            raise ValueError(f"it is cut short after byte {start:,}") from None
+        except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+            raise _unreadable(start, error) from None
+        except (msgpack.UnpackException, LlmcadError) as error:
+            raise _unreadable(start, error) from None
         yield value
+        start = end
+
+
+def _unreadable(start: int, error: Exception) -> ValueError:
+    return ValueError(f"there is nothing readable at byte {start:,} ({shown(repr(error))})")
+
+
+def _scanner(data: bytes) -> Any:
+    """Walks over values without making them: a list's announced length is believed once its items have been seen."""
+    scanner = msgpack.Unpacker(max_buffer_size=max(1, len(data)))
+    scanner.feed(data)
+    return scanner
+
+
+def _unpack(depth: int, data: bytes) -> Any:
+    """depth: of extensions around it."""
+    _scanner(data).skip()
+    return msgpack.unpackb(data, ext_hook=partial(_decode, depth), use_list=False, strict_map_key=False)
 
 
 def _encode(value: Any) -> Any:
@@ -158,26 +196,40 @@ def _encode(value: Any) -> Any:
         return msgpack.ExtType(_ARRAY, msgpack.packb(body))
     if isinstance(value, TokenTree):
         return msgpack.ExtType(_TREE, pack([value.tokens, value.parents, value.logprobs]))
-    if dataclasses.is_dataclass(value):
-        kind = type(value)
+    if type(value) is _KINDS.get(type(value).__name__):
         fields = [getattr(value, field.name) for field in dataclasses.fields(value) if field.init]
-        return msgpack.ExtType(_DATACLASS, pack([f"{kind.__module__}:{kind.__qualname__}", *fields]))
+        return msgpack.ExtType(_DATACLASS, pack([type(value).__name__, *fields]))
     raise TypeError(f"{type(value).__name__} does not cross processes")
 
 
-def _decode(code: int, data: bytes) -> Any:
+def _decode(depth: int, code: int, data: bytes) -> Any:
+    if depth >= _MOST_EXTENSIONS:
+        raise ValueError(f"more than {_MOST_EXTENSIONS} values inside each other")
+    body = _unpack(depth + 1, data)
+    if not isinstance(body, tuple) or not body:
+        raise ValueError("an extension without parts")
     if code == _ARRAY:
-        dtype, shape, raw = msgpack.unpackb(data)
-        return np.frombuffer(raw, dtype=dtype).reshape(shape)
-    body = unpack(data)
+        return _array(*body)
     if code == _TREE:
-        tokens, parents, logprobs = body
-        return TokenTree.build(tokens, parents, logprobs)
-    return _message_class(body[0])(*body[1:])
+        return TokenTree.build(*body)
+    if code == _DATACLASS:
+        return _message_class(body[0])(*body[1:])
+    raise ValueError(f"an extension of kind {code}")
 
 
-def _message_class(name: str) -> Any:
-    module, _, kind = name.partition(":")
-    if not module.startswith(_MODULES):
-        raise ValueError(f"{name} is not a message")
-    return getattr(importlib.import_module(module), kind)
+def _array(dtype: Any, shape: Any, raw: Any) -> np.ndarray:
+    if not (isinstance(dtype, str) and _NUMBERS.fullmatch(dtype) and isinstance(raw, bytes)):
+        raise ValueError(f"an array of {quoted(dtype)}")
+    if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"an array of shape {quoted(shape)}")
+    if math.prod(shape) * np.dtype(dtype).itemsize != len(raw):
+        raise ValueError(f"an array of shape {quoted(shape)} in {len(raw):,} bytes")
+    return np.frombuffer(raw, dtype=dtype).reshape(shape)
+
+
+def _message_class(name: Any) -> Any:
+    """Older traces name the module too."""
+    kind = _KINDS.get(name.rpartition(":")[2]) if isinstance(name, str) else None
+    if kind is None:
+        raise ValueError(f"{quoted(name)} is not a message")
+    return kind

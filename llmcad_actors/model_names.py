@@ -1,13 +1,16 @@
 """A model's name on the Hugging Face Hub -> its directory in the local cache. Never downloads."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmcad_actors.core.quoting import shown
 from llmcad_actors.errors import CheckpointError
-from llmcad_actors.storage.checkpoint import INDEX, SINGLE
+from llmcad_actors.storage.checkpoint import INDEX, SINGLE, weight_map_of
+from llmcad_actors.storage.small_file import read_text, reason
 
+COMMIT_BYTES = 1000
+_COMMIT = re.compile(r"[\w-][\w.-]*", re.ASCII)
 NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)  # "gpt2", "meta-llama/Llama-2-13b-hf"
 
 
@@ -17,23 +20,29 @@ def find_model(name: str, cache: Path | None = None) -> Path:
     cache: where to look for names; default: what `HF_HUB_CACHE` and `HF_HOME` say. What cannot be a name is
     taken for a path. Raises `CheckpointError` for a name that is not in the cache, or not all of it.
     """
-    path = Path(name).expanduser()
-    if path.exists() or not NAME.fullmatch(name):
-        return path
-    cache = cache or hub_cache()
+    try:
+        path = Path(name).expanduser()
+        if path.exists() or not NAME.fullmatch(name):
+            return path
+        return _find_cached(name, cache or hub_cache())
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, `~` of a user who is not there
+        raise CheckpointError(f"cannot look for the model {shown(name)}: {reason(error)}") from None
+
+
+def _find_cached(name: str, cache: Path) -> Path:
     folder = cache / "--".join(["models", *name.split("/")])
     if not folder.is_dir():
         raise CheckpointError(
-            f"{name} is neither a directory here nor a model in the Hugging Face cache ({cache}); fetch it with "
-            f"`hf download {name}`, or give the path of a model directory"
+            f"{name} is neither a directory here nor a model in the Hugging Face cache ({shown(cache)}); fetch it "
+            f"with `hf download {shown(name)}`, or give the path of a model directory"
         )
     snapshot = _snapshot(folder)
     missing = ["a snapshot"] if snapshot is None else _missing(snapshot)
     if snapshot is None or missing:
+        verb = "is" if len(missing) == 1 else "are"
         raise CheckpointError(
-            f"{name} is in the Hugging Face cache ({folder}) only in part: {', '.join(missing[:3])} "
-            f"{'is' if len(missing) == 1 else 'are'} missing{_unfinished(folder)}; complete it with "
-            f"`hf download {name}`"
+            f"{name} is in the Hugging Face cache ({shown(folder)}) only in part: {shown(', '.join(missing[:3]))} "
+            f"{verb} missing{_unfinished(folder)}; complete it with `hf download {name}`"
         )
     return snapshot
 
@@ -71,8 +80,9 @@ def _snapshot(folder: Path) -> Path | None:
     """The snapshot that `main` points to; the only one, where `main` was never fetched."""
     main = folder / "refs" / "main"
     if main.is_file():
-        snapshot = folder / "snapshots" / main.read_text().strip()
-        return snapshot if snapshot.is_dir() else None
+        commit = read_text(main, COMMIT_BYTES).strip()
+        snapshot = folder / "snapshots" / commit
+        return snapshot if _COMMIT.fullmatch(commit) and snapshot.is_dir() else None
     snapshots = [path for path in (folder / "snapshots").glob("*") if path.is_dir()]
     return snapshots[0] if len(snapshots) == 1 else None
 
@@ -91,8 +101,8 @@ def _missing(snapshot: Path) -> list[str]:
 
 def _shards(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, TypeError, KeyError, AttributeError):
+        return sorted(set(weight_map_of(index).values()))
+    except CheckpointError:
         return []  # opening the checkpoint says what is wrong with it
 
 

@@ -24,12 +24,12 @@ from llmcad_actors.forecast import Forecaster, PassForecast
 from llmcad_actors.limits import memory_limit, within
 from llmcad_actors.model_names import find_model
 from llmcad_actors.models.families import family_of
-from llmcad_actors.models.generation_rules import active_rules, ignored_rules
-from llmcad_actors.models.tokenizer import check_same_vocabulary
+from llmcad_actors.models.generation_rules import active_rules, first_token, ignored_rules, start_token, stop_tokens
+from llmcad_actors.models.tokenizer import check_same_vocabulary, tokenizer_config
 from llmcad_actors.processor import cores
 from llmcad_actors.shorthand import spelled_out
 from llmcad_actors.storage.checkpoint import Checkpoint
-from llmcad_actors.storage.layout import Layout, layout_of
+from llmcad_actors.storage.layout import Layout, check_heads, layout_of
 from llmcad_actors.versions import newer_than_tested
 
 if TYPE_CHECKING:
@@ -54,10 +54,7 @@ class Prepared:
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         """End-of-text ids. A generation config that names none has none, as in `generate`."""
-        eos = self.target.generation_settings.get("eos_token_id")
-        if eos is None:
-            return ()
-        return tuple(eos) if isinstance(eos, list) else (int(eos),)
+        return stop_tokens(self.target.generation_settings)
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -84,10 +81,10 @@ class Prepared:
 
     def opening(self) -> tuple[int, ...]:
         """What an empty prompt stands for: the token that begins a text. Raises `ConfigError` where there is none."""
-        bos = self.target.config.get("bos_token_id")
+        bos = first_token(self.target.config, self.layout.embedding.shape[0])
         if bos is None:
             raise ConfigError("the prompt is empty, and the model has no token to begin a text with; give a prompt")
-        return (int(bos),)
+        return (bos,)
 
     def chat_template(self) -> "ChatTemplate":
         """What goes around a user's message. Raises `TokenizerError` where the model has none."""
@@ -227,9 +224,10 @@ def prepare(config: EngineConfig) -> Prepared:
     target = Checkpoint.open(find_model(config.target))
     layout = layout_of(target)
     active_rules(target.generation_settings, layout.embedding.shape[0])  # wrong values are refused here
+    check_settings(target, layout)
     draft = Checkpoint.open(find_model(config.draft)) if config.draft else None
     if draft is not None:
-        layout_of(draft)
+        check_settings(draft, layout_of(draft))
         check_same_kind(target, draft)
         check_same_vocabulary(target.path, draft.path)
     context = config.max_context or min(context_of(target.config), DEFAULT_CONTEXT)
@@ -242,6 +240,18 @@ def prepare(config: EngineConfig) -> Prepared:
     memory = plan(budget_inputs(config, target, layout, draft, context), cap)
     told = (*newer_than_tested(), *notices, *unfollowed(target), *slow_window(memory), *many_threads(config))
     return Prepared(config, target, layout, draft, memory, context, told)
+
+
+def check_settings(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Raises `UserError` for a value in the model's files that would stop a run later on, or lead it astray."""
+    check_heads(checkpoint, layout)
+    settings, vocab = checkpoint.generation_settings, layout.embedding.shape[0]
+    stop_tokens(settings)
+    first_token(checkpoint.config, vocab)
+    if layout.encoder:
+        start_token(settings, checkpoint.config)
+    layout.family.softcap(checkpoint.config)
+    tokenizer_config(checkpoint.path)
 
 
 def check_same_kind(target: Checkpoint, draft: Checkpoint) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmcad_actors.core.quoting import shown
 from llmcad_actors.errors import UserError
 from llmcad_actors.trace_file import Trace, TraceEvent
 from llmcad_actors.trace_views import Pass, passes_of
@@ -53,13 +54,13 @@ def draw(trace: Trace, path: Path) -> None:
     figure, (top, bottom) = pyplot.subplots(
         2, 1, sharex=True, figsize=(14, 6), height_ratios=(1, 3), layout="constrained"
     )
-    top.set_title(f"{Path(trace.header.target).name}, {trace.header.date}")
+    top.set_title(shown(f"{Path(trace.header.target).name}, {trace.header.date}"), parse_math=False)
     _draw_tokens(top, passes_of(trace), trace.header.started)
     _draw_lanes(bottom, trace)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write the picture {path}: {error}") from None
+        raise UserError(f"cannot write the picture {shown(path)}: {shown(error)}") from None
     finally:
         pyplot.close(figure)
 

@@ -13,13 +13,18 @@ from rich.text import Text
 from rich.tree import Tree
 from tokenizers import Tokenizer
 
+from llmcad_actors.core.quoting import quoted, shown
 from llmcad_actors.core.sizes import format_size
 from llmcad_actors.core.tree import ROOT, TokenTree
 from llmcad_actors.errors import LlmcadError, UserError
 from llmcad_actors.models.tokenizer import read_tokenizer
+from llmcad_actors.storage.small_file import reason
 from llmcad_actors.trace_file import Trace, TraceEvent
 
 LANES = ("coordinator", "draft", "verifier", "loader")
+DEEPEST_DRAWN, MOST_DRAWN = 256, 10_000  # levels and nodes of a tree; no line is wide enough for more
+MOST_ROWS = 64
+"""Of a lane: a run has as many as reading threads; finding room in more of them takes long."""
 
 Show = Callable[[int], str]
 """The text of a token id."""
@@ -46,11 +51,13 @@ class Pass:
 
 
 def passes_of(trace: Trace) -> list[Pass]:
-    """All passes, in order; one that never came back is left out."""
-    root, passes = trace.header.prompt[-1], []
+    """All passes, in order; one that never came back is left out. Raises `UserError` for a path that no tree has."""
+    root, passes = trace.header.prompt[-1], list[Pass]()
     submissions, verdicts = (trace.named("coordinator", name) for name in ("submission", "verdict"))
     for submission, verdict in zip(submissions, verdicts, strict=False):
         data = verdict.data
+        if any(node >= len(submission.data["tree"]) for node in data["path"]):
+            raise UserError(f"pass {len(passes) + 1} accepts nodes that its tree does not have; record the trace again")
         passes.append(Pass(submission.data["tree"], data["path"], data["bonus"], root, submission.start, verdict.end))
         root = data["bonus"]
     return passes
@@ -92,6 +99,8 @@ def disk_idle_share(trace: Trace) -> float | None:
     if len(passes) < 2 or not reads:
         return None
     start, end = passes[0].end, passes[-1].end
+    if start == end:
+        return None
     return 1.0 - covered_seconds(((read.start, read.end) for read in reads), start, end) / (end - start)
 
 
@@ -108,11 +117,12 @@ def covered_seconds(spans: Iterable[tuple[float, float]], start: float, end: flo
 def summary_table(trace: Trace) -> Table:
     facts = summary(trace)
     idle = facts["steady_disk_idle_share"]
-    table = Table(title=f"{Path(facts['target']).name}, {trace.header.date}", show_header=False)
+    title = Text(shown(f"{Path(facts['target']).name}, {trace.header.date}"))  # not markup, whatever is in it
+    table = Table(title=title, show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
-    table.add_row("target", facts["target"])
-    table.add_row("draft", facts["draft"] or "none")
+    table.add_row("target", Text(shown(facts["target"])))
+    table.add_row("draft", Text(shown(facts["draft"] or "none")))
     table.add_section()
     table.add_row("passes", str(facts["passes"]))
     table.add_row("tokens", f"{facts['tokens']}, {facts['tokens_per_pass']:.1f} a pass")
@@ -126,7 +136,7 @@ def summary_table(trace: Trace) -> Table:
     if facts["dropped_events"]:
         table.add_row("events lost", f"{facts['dropped_events']} (an actor's memory was full)")
     if facts["missing"]:
-        table.add_row("no answer in the end", ", ".join(facts["missing"]))
+        table.add_row("no answer in the end", Text(shown(", ".join(facts["missing"]))))
     return table
 
 
@@ -139,6 +149,12 @@ def token_tree(trace: Trace, number: int) -> Tree:
     if not 1 <= number <= len(passes):
         raise UserError(f"--tree {number}: the trace has {len(passes)} passes; give a number from 1 to {len(passes)}")
     seen, show = passes[number - 1], token_texts(trace.header.target)
+    depth = int(seen.tree.depths.max(initial=0))
+    if depth > DEEPEST_DRAWN or len(seen.tree) > MOST_DRAWN:
+        raise UserError(
+            f"--tree {number}: its {len(seen.tree):,} nodes on {depth:,} levels are too many to print "
+            f"({MOST_DRAWN:,} on {DEEPEST_DRAWN} at most); `--out FILE` writes the trace for a viewer"
+        )
     counts = f"{len(seen.tree)} nodes, {len(seen.path)} accepted, {seen.num_tokens} tokens, {seen.seconds:.2f} s"
     tree = Tree(Text.assemble(f"pass {number}: {counts}\n", (show(seen.root), "bold")))
     accepted, branches = set(seen.path), {ROOT: tree}
@@ -156,7 +172,7 @@ def token_texts(target: str) -> Show:
         tokenizer: Tokenizer = read_tokenizer(Path(target))
     except LlmcadError:
         return str
-    return lambda token: repr(tokenizer.decode([token], skip_special_tokens=False))
+    return lambda token: quoted(tokenizer.decode([token], skip_special_tokens=False))
 
 
 def _likeliest_first(tree: TokenTree) -> list[int]:
@@ -202,12 +218,14 @@ def write_chrome(trace: Trace, path: Path) -> None:
     document = {"traceEvents": list(chrome_events(trace)), "displayTimeUnit": "ms", "otherData": other}
     try:
         path.write_text(json.dumps(document, default=_plain))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {shown(path)}: {reason(error)}") from None
 
 
 def rows_of(events: Sequence[TraceEvent]) -> list[list[TraceEvent]]:
-    """Rows in which no two events overlap, unless one lies inside the other. `events` are sorted by start."""
+    """Rows in which no two events overlap, unless one lies inside the other; `MOST_ROWS` at most, whatever is left in
+    the last. `events` are sorted by start.
+    """
     rows: list[list[TraceEvent]] = []
     open_until: list[list[float]] = []  # per row, the ends of events not over yet, outermost first
     for event in events:
@@ -219,6 +237,9 @@ def rows_of(events: Sequence[TraceEvent]) -> list[list[TraceEvent]]:
                 ends.append(event.end)
                 break
         else:
+            if len(rows) == MOST_ROWS:
+                rows[-1].append(event)
+                continue
             rows.append([event])
             open_until.append([event.end])
     return rows

@@ -1,6 +1,8 @@
 """Everything that crosses processes comes out as it went in, and nothing else crosses."""
 
 import dataclasses
+import io
+import tracemalloc
 from typing import Any
 
 import msgpack
@@ -15,7 +17,7 @@ from llmcad_actors.core.costs import CostModel, Costs
 from llmcad_actors.core.fallback import AdaptiveConfidence, FixedDepth, FixedTree, MarginalThroughput, TokenConfidence
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.tree import TokenTree
-from llmcad_actors.messages import pack, unpack
+from llmcad_actors.messages import pack, unpack, unpack_stream
 from tests.core.drafting import trees
 
 IDS = (1, 5, 4095)
@@ -94,6 +96,56 @@ def test_numbers_of_numpy_become_numbers() -> None:
 def test_nothing_else_crosses(value: object) -> None:
     with pytest.raises(TypeError, match="does not cross processes"):
         pack(value)
+
+
+def test_a_class_that_moved_is_read_by_its_name() -> None:
+    """Traces of older versions name its module too."""
+    for name in ("Provisional", "llmcad_actors.messages:Provisional", "llmcad_actors.elsewhere:Provisional"):
+        assert unpack(msgpack.packb(msgpack.ExtType(2, msgpack.packb([name, [1, 2]])))) == messages.Provisional((1, 2))
+    assert b"llmcad_actors" not in pack(messages.Provisional((1, 2)))
+
+
+def nested(depth: int, code: int) -> bytes:
+    data = b"\xc0"
+    for _ in range(depth):
+        data = msgpack.packb(msgpack.ExtType(code, data))
+    return data
+
+
+FORGED: dict[str, bytes] = {
+    **{
+        f"extensions in {depth} extensions, {code}": nested(depth, code)
+        for depth in (1, 9, 20_000)
+        for code in (1, 2, 3)
+    },
+    "a list of 4 billion": b"\xdd\xff\xff\xff\xff",
+    "lists of 16 million": b"\xdd\x00\xff\xff\xff" * 500,
+    "a text of 4 billion": b"\xdb\xff\xff\xff\xff",
+    "a map of 4 billion": b"\xdf\xff\xff\xff\xff",
+    "deep lists": b"\x91" * 100_000 + b"\xc0",
+    "an unknown extension": msgpack.packb(msgpack.ExtType(9, msgpack.packb([1]))),
+    "too few parts": msgpack.packb(msgpack.ExtType(2, msgpack.packb(["Verdict", [1]]))),
+    "too many parts": msgpack.packb(msgpack.ExtType(2, msgpack.packb(["Provisional", *range(9)]))),
+    "no name": msgpack.packb(msgpack.ExtType(2, msgpack.packb([[1], 2]))),
+    "a tree of nothing": msgpack.packb(msgpack.ExtType(1, msgpack.packb([None, "x", {}]))),
+    "a tree of huge numbers": msgpack.packb(msgpack.ExtType(1, msgpack.packb([[2**64 - 1], [-1], [0.0]]))),
+    **{
+        f"an array of {parts}": msgpack.packb(msgpack.ExtType(3, msgpack.packb(parts)))
+        for parts in (
+            *(["O", [1], b"x" * 8], ["|O8", [1], b"x" * 8], ["<i8", [2**60], b""], ["<i8", [-1], b"x" * 8]),
+            *(["<i8", [1], "text"], ["i4,i4", [1], b"x" * 8], ["<f3", [1], b"xxx"], ["<i8", 1, b"x" * 8], [1, 2, 3]),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_forged_bytes_are_refused_in_little_memory(name: str) -> None:
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"nothing readable at byte 0|cut short after byte 0"):
+        list(unpack_stream(io.BytesIO(FORGED[name])))
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "llmcad_actors.engine:Engine"])

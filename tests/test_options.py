@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from llmcad_actors import Engine, EngineConfig
 from llmcad_actors.bundled import bundled_draft, bundled_target
-from llmcad_actors.checks import shown
 from llmcad_actors.config import Settings, setting_names
+from llmcad_actors.core.quoting import quoted
 from llmcad_actors.errors import ConfigError, LlmcadError, MemoryCapError
 from llmcad_actors.planning import prepare
 from llmcad_actors.request_options import RequestOptions
@@ -119,7 +119,7 @@ def test_numbers_of_numpy_and_one_stop_string_are_taken_as_they_are_meant() -> N
 
 
 @pytest.mark.parametrize(
-    "value", [0, 1, 10**5000, -(10**5000), float("nan"), float("inf"), True, "0.5", None], ids=shown
+    "value", [0, 1, 10**5000, -(10**5000), float("nan"), float("inf"), True, "0.5", None], ids=quoted
 )
 def test_a_share_lies_between_0_and_1(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"alpha: .* must (lie between 0 and 1|be a number)"):
@@ -128,7 +128,7 @@ def test_a_share_lies_between_0_and_1(value: Any) -> None:
 
 def test_a_message_quotes_no_more_than_200_characters_of_a_value() -> None:
     for value in ("x" * 5000, 10**5000, list(range(5000)), Awkward(), [Awkward()]):
-        assert len(shown(value)) < 210
+        assert len(quoted(value)) < 210
 
 
 def test_python_takes_memory_and_models_as_the_command_line_does(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 import io
 import itertools
 import json
+import math
+import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import pytest
@@ -189,6 +192,118 @@ def test_other_bad_traces_are_named(file: Path, tmp_path: Path) -> None:
     (tmp_path / "garbled").write_bytes(file.read_bytes()[:-30] + bytes([0xC1]) * 30)
     with pytest.raises(UserError, match="nothing readable at byte"):
         read_trace(tmp_path / "garbled")
+
+
+def forged(path: Path, *batches: object, **header: object) -> Path:
+    """A trace in which this stands, otherwise whole."""
+    fields = {name: getattr(HEADER, name) for name in TraceHeader.__slots__}
+    first = {"format": "llmcad trace", "version": 1, **fields, **header}
+    values = (first, *batches, {"end of trace": True, "missing": ()})
+    path.write_bytes(b"".join(msgpack.packb(value, default=_forged) for value in values))
+    return path
+
+
+def _forged(value: object) -> Any:
+    return msgpack.unpackb(pack(value), ext_hook=msgpack.ExtType)
+
+
+WRONG_FIELDS: dict[str, tuple[Any, ...]] = {
+    "prompt": ((), "x", (1.5,), (-1,), (2**40,), None),
+    "started": (math.nan, math.inf, "x", 1e300, None),
+    "settings": ([], {"a": b"x"}, {1: 2}, {"a": math.nan}),
+    "target": (5,),
+    "draft": (5,),
+    "max_new_tokens": (-1,),
+    "date": (None,),
+    "version": ("a" * 5000,),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG_FIELDS.items() for value in values]
+)
+def test_a_header_that_says_what_no_run_says_is_refused(name: str, value: object, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the trace's header says|is a trace of version") as caught:
+        read_trace(forged(tmp_path / "x", *BATCHES, **{name: value}))
+    assert len(str(caught.value)) < 600
+
+
+def batch(lane: str, name: str, start: Any = 1.0, end: Any = 2.0, data: Any = None) -> TraceBatch:
+    return TraceBatch(lane, ((name, start, end, {} if data is None else data),), 0)
+
+
+def spans_of(*spans: Any) -> tuple[Any, ...]:
+    return spans
+
+
+WRONG_DATA: dict[tuple[str, str], tuple[Any, ...]] = {
+    ("draft", "step"): ({}, {"provisional": "no"}, [], {1: 2}, {"provisional": None}),
+    ("loader", "read"): ({"bytes": -1}, {"bytes": "x"}, {"bytes": 1.5}, {"bytes": None}),
+    ("x", "y"): ({"a": b"x"}, {"a": math.inf}, {"a": {2: 3}}, {"a": [[[[[[[[[[[[]]]]]]]]]]]]}),
+    ("coordinator", "verdict"): tuple({"path": path, "bonus": 1} for path in spans_of("ab", (1.5,), (-1,), None)),
+    ("coordinator", "submission"): ({"tree": [1]},),
+}
+WRONG_TIMES = spans_of((2.0, 1.0), (math.nan, 1.0), ("a", "b"), (1.0, 1e300), (True, 2.0))
+WRONG_SPANS = spans_of(5, "ab", ((1, 2),), (("a", 1.0, 2.0, {}, 3),))
+WRONG_BATCHES: tuple[object, ...] = (
+    *(batch(*kind, data=data) for kind, many in WRONG_DATA.items() for data in many),
+    *(batch("x", "y", *times) for times in WRONG_TIMES),
+    *(TraceBatch("x", wrong, 0) for wrong in WRONG_SPANS),
+    TraceBatch("x", (), "many"),  # type: ignore[arg-type]
+    TraceBatch(5, (), 0),  # type: ignore[arg-type]
+    ("something", "else"),
+    TREE,
+)
+
+
+@pytest.mark.parametrize("number", range(len(WRONG_BATCHES)))
+def test_an_event_that_no_actor_records_is_refused(number: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a whole trace: it holds") as caught:
+        read_trace(forged(tmp_path / "x", WRONG_BATCHES[number]))
+    assert len(str(caught.value)) < 800
+
+
+def test_an_accepted_node_is_one_of_the_tree(tmp_path: Path) -> None:
+    trace = read_trace(
+        forged(tmp_path / "x", TraceBatch("coordinator", tuple(coordinator(TREE, (3,), 1, 1.0, 2.0)), 0))
+    )
+    for view in (summary_table, passes_of, lambda trace: token_tree(trace, 1)):
+        with pytest.raises(UserError, match="pass 1 accepts nodes that its tree does not have"):
+            view(trace)
+
+
+def test_what_stands_in_a_trace_is_neither_markup_nor_mathematics(tmp_path: Path) -> None:
+    path = forged(tmp_path / "x", *BATCHES, target="/a/[/red]$\\frac{$", date="[bold]", draft="[/x]\n")
+    trace = read_trace(path)
+    assert "[/red]$\\frac{$" in printed(summary_table(trace))
+    draw(trace, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 0
+
+
+def test_views_of_what_no_run_makes_end_in_time(tmp_path: Path) -> None:
+    """20,000 reads at once; a tree of 3,000 levels; two passes that end at one moment."""
+    chain = TokenTree.build(range(3000), range(-1, 2999), [-0.1] * 3000)
+    spans = tuple(("read", number * 1e-3, 1e3 + number, {"bytes": 1}) for number in range(20_000))
+    moments = (*coordinator(chain, (), 1, 1.0, 2.0), *coordinator(EMPTY, (), 1, 2.0, 2.0))
+    trace = read_trace(forged(tmp_path / "x", TraceBatch("loader", spans, 0), TraceBatch("coordinator", moments, 0)))
+    write_chrome(trace, tmp_path / "x.json")
+    assert summary(trace)["steady_disk_idle_share"] is None
+    with pytest.raises(UserError, match=r"its 3,000 nodes on 3,000 levels are too many to print"):
+        token_tree(trace, 1)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "file/x"])
+def test_a_trace_whose_name_cannot_be_is_refused(name: str, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for refused in (read_trace, check_writable, lambda path: write_chrome(read_trace(file), path)):
+        with pytest.raises(UserError, match="cannot"):
+            refused(tmp_path / name)
+
+
+def test_a_pipe_is_no_trace(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(UserError, match="is not a regular file"):
+        read_trace(tmp_path / "x")
 
 
 def test_a_trace_that_cannot_be_written_is_refused_before_the_run(tmp_path: Path) -> None:

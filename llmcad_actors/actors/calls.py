@@ -6,6 +6,7 @@ the process does.
 """
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+import llmcad_actors.errors as errors
 from llmcad_actors.actors.ray_log import named_by_environment, note
 from llmcad_actors.errors import ActorFailure, DeadlineError, LlmcadError, RuntimeFailure
 
@@ -24,6 +26,8 @@ ENDED = "the engine's Ray has ended; launch another engine"
 MOST_QUOTED = 200  # characters
 MOST_DETAILS = 2000
 WHY_IT_DIED = " (its process crashed, or was killed: by the kernel, if memory ran out)"
+
+_OURS = re.compile(r"llmcad_actors\.errors\.(\w+): (.*)")
 
 
 class Line:
@@ -150,8 +154,18 @@ def as_ours(error: RayError, what: str, log: Path | None = None) -> LlmcadError:
     if isinstance(error, RayTaskError):
         return failure(f"{what} failed: {error.cause!r}", str(error), log)
     if isinstance(error, RayActorError):
-        return failure(f"{what} failed: the actor died{WHY_IT_DIED}", str(error), log)
+        last = str(error).strip().splitlines()[-1]
+        return _of_start(last) or failure(f"{what} failed: the actor died{WHY_IT_DIED}", str(error), log)
     return failure(f"{what} failed: {str(error)[:MOST_QUOTED]}", str(error), log)
+
+
+def _of_start(last: str) -> LlmcadError | None:
+    """An error of ours that an actor's start raised; Ray hands over its name and message alone."""
+    found = _OURS.match(last)
+    kind = getattr(errors, found[1], None) if found else None
+    if found is None or not isinstance(kind, type) or not issubclass(kind, LlmcadError):
+        return None
+    return kind(found[2])
 
 
 def failure(message: str, details: str = "", log: Path | None = None) -> ActorFailure:

@@ -24,6 +24,7 @@ from llmcad_actors.messages import Grown, Submission, Verdict
 from llmcad_actors.models import linear
 from llmcad_actors.models.families import family_of
 from llmcad_actors.models.kv_cache import TreeCache
+from llmcad_actors.models.loading import reads_model
 from llmcad_actors.models.skeleton import auto_model
 from llmcad_actors.models.softcap import soft_capped, softcap_of
 from llmcad_actors.models.sound import is_sound, not_finite
@@ -44,10 +45,11 @@ class DraftModel:
         context, slots: rows of the cache for the committed prefix and for tree nodes.
         """
         self._path = path
-        config = AutoConfig.from_pretrained(path, local_files_only=True).to_dict()
-        family = family_of(config)
-        load = partial(auto_model(family).from_pretrained, path, dtype=dtype, local_files_only=True)
-        self._model = with_shapes(load).eval()
+        with reads_model(path):
+            config = AutoConfig.from_pretrained(path, local_files_only=True).to_dict()
+            family = family_of(config)
+            load = partial(auto_model(family).from_pretrained, path, dtype=dtype, local_files_only=True)
+            self._model = with_shapes(load).eval()
         self._is_widened = linear.widening_pays(dtype)
         if self._is_widened:
             linear.install(torch.nn.ModuleList([self._model]), linear.widened)

@@ -6,9 +6,10 @@ tensor names decide everything.
 
 from dataclasses import replace
 
+from llmcad_actors.core.quoting import quoted
 from llmcad_actors.errors import CheckpointError
 from llmcad_actors.models.encoder_decoder_families import ENCODER_DECODER_FAMILIES
-from llmcad_actors.models.family import Config, Family, Shapes, need
+from llmcad_actors.models.family import Config, Family, Shapes, need, says
 
 __all__ = ["FAMILIES", "Config", "Family", "Shapes", "family_of", "need"]
 
@@ -49,9 +50,9 @@ _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 def _llama(config: Config) -> Shapes:
     shapes = _llama_layer(config)
-    if config.get("attention_bias"):
+    if says(config, "attention_bias"):
         shapes = _with_biases(shapes, *_ATTENTION)
-    return _with_biases(shapes, *_MLP) if config.get("mlp_bias") else shapes
+    return _with_biases(shapes, *_MLP) if says(config, "mlp_bias") else shapes
 
 
 def _qwen2(config: Config) -> Shapes:
@@ -61,12 +62,12 @@ def _qwen2(config: Config) -> Shapes:
 def _qwen3(config: Config) -> Shapes:
     shapes = _llama_layer(config, head_dim=128)  # transformers' default, whatever the hidden size
     norms: Shapes = {f"self_attn.{n}_norm.weight": (head_dim_of(config, 128),) for n in "qk"}
-    return norms | (_with_biases(shapes, *_ATTENTION) if config.get("attention_bias") else shapes)
+    return norms | (_with_biases(shapes, *_ATTENTION) if says(config, "attention_bias") else shapes)
 
 
 def _falcon_kv_heads(config: Config) -> int:
     """The new architecture (40B) repeats keys for all heads before they are cached; the old one has one head."""
-    if config.get("new_decoder_architecture") or not config.get("multi_query", True):
+    if says(config, "new_decoder_architecture") or not says(config, "multi_query", default=True):
         return need(config, "num_attention_heads")
     return 1
 
@@ -190,7 +191,7 @@ def family_of(config: Config) -> Family:
             _check_settings(family, config)
             return family
     known = ", ".join(sorted(t for f in FAMILIES for t in f.model_types))
-    said = "has no model_type" if model_type is None else f"says model_type {model_type!r}"
+    said = "has no model_type" if model_type is None else f"says model_type {quoted(model_type)}"
     why = "which llmcad does not know"
     if config.get("vision_config") is not None:
         why = "a model of pictures and text, and llmcad runs text alone"

@@ -4,10 +4,12 @@ Names are those of transformers' ForCausalLM parameters; a file may store the sa
 prefix (GPT-2 with and without "transformer.") or, for the head, another name (GPT-NeoX's "embed_out.weight").
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llmcad_actors.core.quoting import quoted
 from llmcad_actors.errors import CheckpointError
 
 Config = Mapping[str, Any]
@@ -96,12 +98,15 @@ class Family:
         stated = self.context_default if config.get(self.context_key) is None else need(config, self.context_key)
         scaled = [rope for rope in _ropes(config) if rope.get("long_factor")]
         key = "original_max_position_embeddings"
-        firsts = [int(rope[key]) for rope in scaled if rope.get(key)]
-        return min([stated, *firsts, *[int(config.get(key) or self.context_default) for _ in scaled]])
+        firsts = [need(rope, key) for rope in scaled if rope.get(key)]
+        return min([stated, *firsts, *[need(config, key) if config.get(key) else self.context_default for _ in scaled]])
 
     def softcap(self, config: Config) -> float | None:
         """The cap of the head's logits, or None."""
-        return None if self.softcap_key is None else config.get(self.softcap_key)
+        cap = None if self.softcap_key is None else config.get(self.softcap_key)
+        if cap is not None and not is_positive(cap):
+            raise CheckpointError(f"config.json: {self.softcap_key} must be a number above 0, found {quoted(cap)}.")
+        return cap
 
     def embedding_shape(self, config: Config) -> tuple[int, int]:
         """[vocab, width]; the head has the same shape."""
@@ -109,21 +114,42 @@ class Family:
         return need(config, "vocab_size"), need(config, width)
 
     def is_tied(self, config: Config) -> bool:
-        return self.is_always_tied or bool(config.get("tie_word_embeddings", self.is_tied_by_default))
+        return self.is_always_tied or says(config, "tie_word_embeddings", default=self.is_tied_by_default)
 
     def stored_base(self, names: Iterable[str]) -> str:
-        """What stands for `base` in a file that holds these tensor names."""
+        """What stands for `base` in a file that holds these tensor names; the embedding may not be among them."""
         names = set(names)
-        tail = self.embedding.removeprefix(self.base)
-        return next((b for b in (self.base, *self.base_aliases) if b + tail in names), self.base)
+        tail, layer = self.embedding.removeprefix(self.base), self.layers.removeprefix(self.base) + "."
+        bases = (self.base, *self.base_aliases)
+        found = (b for b in bases if b + tail in names or any(name.startswith(b + layer) for name in names))
+        return next(found, self.base)
+
+
+MOST = (1 << 31) - 1
+"""No size in a config.json is larger; what is taken from one is checked against tensors before it is used."""
 
 
 def need(config: Config, key: str) -> int:
     """A positive whole number of config.json, or a CheckpointError that names the key."""
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise CheckpointError(f"config.json: {key} must be a positive whole number, found {value!r}.")
+    if type(value) is not int or not 0 < value <= MOST:
+        raise CheckpointError(f"config.json: {key} must be a positive whole number, found {quoted(value)}.")
     return value
+
+
+def says(config: Config, key: str, *, default: bool = False) -> bool:
+    """A switch of config.json; `default` where it is absent. Raises CheckpointError for what is none."""
+    value = config.get(key, default)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {key} must be true or false, found {quoted(value)}.")
+    return bool(value)
+
+
+def is_positive(value: Any) -> bool:
+    """A finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value <= MOST and math.isfinite(value)
 
 
 def kv_heads(config: Config) -> int:
@@ -134,6 +160,9 @@ def _ropes(config: Config) -> Iterator[Mapping[str, Any]]:
     """Settings of the rotary embedding: one mapping, or one per layer type; under either of transformers' names."""
     for key in ("rope_parameters", "rope_scaling"):
         found = config.get(key)
-        if isinstance(found, Mapping):
-            yield found
-            yield from (each for each in found.values() if isinstance(each, Mapping))
+        if found is None:
+            continue
+        if not isinstance(found, Mapping):
+            raise CheckpointError(f"config.json: {key} must be an object of settings, found {quoted(found)}.")
+        yield found
+        yield from (each for each in found.values() if isinstance(each, Mapping))

@@ -1,4 +1,4 @@
-"""What a model's generation_config.json asks for beyond the plain arg max. No torch here.
+"""What a model's generation_config.json asks for beyond the plain arg max, and its special tokens. No torch here.
 
 Sampling settings are left alone: greedy is asked for, as by `generate(do_sample=False)`.
 """
@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmcad_actors.core.quoting import quoted
 from llmcad_actors.errors import CheckpointError
+from llmcad_actors.models.family import MOST, is_positive
 
 Settings = Mapping[str, Any]
 """generation_config.json; config.json where there is none, as transformers reads older models."""
@@ -23,7 +25,11 @@ class Rule:
 
 
 def _is_count(value: Any, vocab: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return _is_number(value) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and abs(value) <= MOST
 
 
 def _is_id(value: Any, vocab: int) -> bool:
@@ -43,11 +49,11 @@ def _are_words(value: Any, vocab: int) -> bool:
 
 
 def _is_factor(value: Any, vocab: int) -> bool:
-    return isinstance(value, float) and value > 0
+    return isinstance(value, float) and is_positive(value)
 
 
 def _are_token_ids(value: Any, vocab: int) -> bool:
-    return isinstance(value, list) and all(isinstance(item, int) for item in value)
+    return isinstance(value, list) and all(_is_number(item) for item in value)
 
 
 SUPPORTED: dict[str, Rule] = {
@@ -97,7 +103,7 @@ def active_rules(settings: Settings, vocab: int) -> dict[str, Any]:
         if not SUPPORTED[name].is_valid(value, vocab):
             raise CheckpointError(
                 f"generation_config.json: {name} must be {SUPPORTED[name].expected} (ids below {vocab}), found "
-                f"{value!r}; correct the file, or remove the setting"
+                f"{quoted(value)}; correct the file, or remove the setting"
             )
     if settings.get("min_new_tokens") is not None:
         active.pop("min_length", None)  # as in `generate`, it takes the place of min_length, even when it is 0
@@ -111,3 +117,44 @@ def ignored_rules(settings: Settings) -> tuple[str, ...]:
         for name, neutral in UNSUPPORTED.items()
         if settings.get(name) is not None and settings[name] not in neutral
     )
+
+
+def stop_tokens(settings: Settings) -> tuple[int, ...]:
+    """End-of-text ids; none where the settings name none. One beyond the vocabulary never occurs, and does no harm.
+
+    Raises `CheckpointError` for what is no id.
+    """
+    eos = settings.get("eos_token_id")
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(_is_number(item) for item in ids):
+        raise _no_id("eos_token_id", "a token id or a list of them", eos)
+    return tuple(ids)
+
+
+def first_token(config: Settings, vocab: int) -> int | None:
+    """The id that begins a text; None where config.json names none. Raises `CheckpointError` for what is no id."""
+    bos = config.get("bos_token_id")
+    if bos is not None and not _is_number(bos):
+        raise _no_id("bos_token_id", "a token id", bos)
+    return bos if _is_id(bos, vocab) else None
+
+
+def start_token(settings: Settings, config: Settings) -> int:
+    """The token that an encoder-decoder model's output begins with, as transformers finds it.
+
+    settings: generation_config.json. Raises CheckpointError where no file names one.
+    """
+    for source in (settings, config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            if (value := source.get(name)) is not None:
+                if not _is_id(value, config.get("vocab_size", MOST)):
+                    raise _no_id(name, "a token id of the vocabulary", value)
+                return int(value)
+    raise CheckpointError(
+        "neither generation_config.json nor config.json names the token that the decoder starts with "
+        "(decoder_start_token_id); write it into generation_config.json, as the model's card says"
+    )
+
+
+def _no_id(name: str, expected: str, value: Any) -> CheckpointError:
+    return CheckpointError(f"{name} must be {expected}, found {quoted(value)}; correct the model's json file")

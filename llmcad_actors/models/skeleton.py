@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from llmcad_actors.models.families import family_of
 from llmcad_actors.models.family import Family
+from llmcad_actors.models.loading import reads_model
 from llmcad_actors.models.thin_imports import with_shapes
 
 
@@ -36,7 +37,15 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def build_skeleton(path: Path, dtype: torch.dtype) -> nn.Module:
-    """The model of the checkpoint at `path`, in eval mode, computing in `dtype`, holding no weights."""
+    """The model of the checkpoint at `path`, in eval mode, computing in `dtype`, holding no weights.
+
+    Raises CheckpointError where transformers cannot make one of config.json.
+    """
+    with reads_model(path):
+        return _build(path, dtype)
+
+
+def _build(path: Path, dtype: torch.dtype) -> nn.Module:
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     family = family_of(config.to_dict())
     if family.experts:

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
-from llmcad_actors.errors import CheckpointError
 from llmcad_actors.models.chunks import BuildMask
 from llmcad_actors.models.families import family_of
+from llmcad_actors.models.generation_rules import start_token
 from llmcad_actors.models.kv_cache import TreeCache
 from llmcad_actors.models.masks import Windows
 from llmcad_actors.models.tree_positions import TreePositions
+
+__all__ = ["DecoderOnly", "EncoderDecoder", "Stack", "stack_of", "start_token"]
 
 AnyMask = torch.Tensor | BuildMask
 
@@ -41,21 +43,6 @@ def stack_of(model: Any, settings: Mapping[str, Any]) -> Stack:
     if family_of(model.config.to_dict()).encoder is None:
         return DecoderOnly(model)
     return EncoderDecoder(model, start_token(settings, model.config.to_dict()))
-
-
-def start_token(settings: Mapping[str, Any], config: Mapping[str, Any]) -> int:
-    """The token that an encoder-decoder model's output begins with, as transformers finds it.
-
-    settings: generation_config.json. Raises CheckpointError where no file names one.
-    """
-    for source in (settings, config):
-        for name in ("decoder_start_token_id", "bos_token_id"):
-            if isinstance(source.get(name), int):
-                return int(source[name])
-    raise CheckpointError(
-        "neither generation_config.json nor config.json names the token that the decoder starts with "
-        "(decoder_start_token_id); write it into generation_config.json, as the model's card says"
-    )
 
 
 class DecoderOnly:

@@ -4,14 +4,16 @@ A directory whose tokenizer class adds nothing to its tokenizer.json is read by 
 a process that has torch anyway builds the AutoTokenizer and hands over its backend as JSON (`auto_tokenizer_json`).
 """
 
-import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from llmcad_actors.core.quoting import quoted, shown
 from llmcad_actors.errors import TokenizerError
+from llmcad_actors.storage.small_file import TOKENIZER_BYTES, TOKENIZER_CONFIG_BYTES, read_object, read_small
 
 _PLAIN_CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"}
 _CHANGES_ENCODING = ("add_bos_token", "add_eos_token", "add_prefix_space", "auto_map")
@@ -20,7 +22,8 @@ _CHANGES_ENCODING = ("add_bos_token", "add_eos_token", "add_prefix_space", "auto
 def is_plain(path: Path) -> bool:
     """Whether the directory's tokenizer.json alone decides the ids; elsewhere transformers has a say."""
     config = tokenizer_config(path)
-    plain = config.get("tokenizer_class") in _PLAIN_CLASSES and not any(config.get(k) for k in _CHANGES_ENCODING)
+    kind = config.get("tokenizer_class")
+    plain = isinstance(kind, str) and kind in _PLAIN_CLASSES and not any(config.get(k) for k in _CHANGES_ENCODING)
     return plain and (path / "tokenizer.json").is_file()
 
 
@@ -38,26 +41,37 @@ def auto_tokenizer_json(path: Path) -> str:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # whatever transformers makes of files that are not as it expects
         raise TokenizerError(
-            f"{path} has no tokenizer that transformers can load ({error}); copy the model's tokenizer files "
+            f"{path} has no tokenizer that transformers can load ({shown(error)}); copy the model's tokenizer files "
             "(tokenizer.json, tokenizer_config.json) into the directory"
         ) from None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise TokenizerError(f"{path}: the tokenizer has no fast version; save one with `save_pretrained` first")
-    return str(backend.to_str())
+    return str(_whole_text(backend).to_str())
+
+
+def _whole_text(tokenizer: Tokenizer) -> Tokenizer:
+    """As transformers uses it: the file's own cutting and filling of texts to a length is for training."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """tokenizer.json of a directory. Raises `TokenizerError` when it is missing or broken."""
     file = path / "tokenizer.json"
-    if not file.is_file():
-        raise TokenizerError(f"{path} has no tokenizer.json; copy the model's tokenizer files into the directory")
+    if not os.path.lexists(file):
+        raise TokenizerError(
+            f"{shown(path)} has no tokenizer.json; copy the model's tokenizer files into the directory"
+        )
     try:
-        return Tokenizer.from_file(str(file))
+        return _whole_text(Tokenizer.from_buffer(read_small(file, TOKENIZER_BYTES, TokenizerError)))
+    except TokenizerError:
+        raise
     except Exception as error:  # `tokenizers` raises bare Exception
-        raise TokenizerError(f"{file} cannot be read as a tokenizer ({error}); copy it again") from None
+        raise TokenizerError(f"{shown(file)} cannot be read as a tokenizer ({shown(error)}); copy it again") from None
 
 
 def check_same_vocabulary(target: Path, draft: Path) -> None:
@@ -65,7 +79,7 @@ def check_same_vocabulary(target: Path, draft: Path) -> None:
 
     Padded vocabularies of different size are fine: what counts is that every token has the same id in both.
     """
-    if not all((path / "tokenizer.json").is_file() for path in (target, draft)):
+    if not all(os.path.lexists(path / "tokenizer.json") for path in (target, draft)):
         return  # compared by the process that loads the AutoTokenizers
     check_same_tokens(vocabulary(read_tokenizer(target)), vocabulary(read_tokenizer(draft)))
 
@@ -91,19 +105,13 @@ def check_same_tokens(target: dict[str, int], draft: dict[str, int]) -> None:
 
 
 def _name(vocab: dict[str, int], index: int) -> str:
-    return next((repr(token) for token, i in vocab.items() if i == index), "no token")
+    return next((quoted(token) for token, i in vocab.items() if i == index), "no token")
 
 
 def tokenizer_config(path: Path) -> dict[str, Any]:
     """tokenizer_config.json of a directory; {} where there is none. Raises `TokenizerError` when it is broken."""
     file = path / "tokenizer_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        config: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise TokenizerError(f"{file} is not JSON ({error}); copy it again") from None
-    return config
+    return read_object(file, TOKENIZER_CONFIG_BYTES, TokenizerError) if os.path.lexists(file) else {}
 
 
 class Detokenizer:

@@ -4,14 +4,18 @@ Decided from headers alone, and checked: a missing tensor or a wrong shape is fo
 Knows names, shapes and byte ranges; never reads a weight.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from llmcad_actors.core.quoting import shown
 from llmcad_actors.errors import CheckpointError
 from llmcad_actors.models.families import Family, Shapes, family_of, need
 from llmcad_actors.storage.checkpoint import Checkpoint, TensorInfo
 
 MIN_HEAD_SLICE_BYTES = 64 << 20
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +83,17 @@ def layout_of(checkpoint: Checkpoint, family: Family | None = None, *, max_shard
     named = {_parameter(family, base, name): info for name, info in checkpoint.tensors.items()}
     embedding = _pop_embedding(named, checkpoint, family)
     _check_shape(embedding, family.embedding_shape(config))
-    leaves, rest = _split(family.layers, named, family.num_layers(config))
-    _check_layers(checkpoint, family, family.layers, leaves)
+    found, rest = _split(family.layers, named)
+    leaves = _checked_layers(checkpoint, family, family.layers, found, family.num_layers(config))
     layers = _shards("layer", leaves)
     encoder: tuple[ShardSpec, ...] = ()
     if family.encoder is not None:
-        leaves, rest = _split(family.encoder.layers, rest, family.num_encoder_layers(config))
-        _check_layers(checkpoint, family, family.encoder.layers, leaves)
-        encoder = _shards("encoder", leaves)
+        found, rest = _split(family.encoder.layers, rest)
+        prefix, count = family.encoder.layers, family.num_encoder_layers(config)
+        encoder = _shards("encoder", _checked_layers(checkpoint, family, prefix, found, count))
     # A stored head is used even where the config says tied: transformers unties when the values differ.
-    tied = family.is_tied(config) and family.head not in rest
+    tied = family.is_tied(config) and rest.get(family.head, embedding) is embedding
+    rest = {name: info for name, info in rest.items() if not (tied and info is embedding)}
     head = embedding if tied else _pop(rest, checkpoint, family.head)
     _check_shape(head, family.embedding_shape(config))
     for name in family.resident:
@@ -107,6 +112,16 @@ def layout_of(checkpoint: Checkpoint, family: Family | None = None, *, max_shard
     )
 
 
+def check_heads(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Raises CheckpointError where no tensor is as wide as config.json's keys: the cache would follow that number."""
+    heads, width = layout.family.num_kv_heads(checkpoint.config), layout.family.head_dim(checkpoint.config)
+    if heads * width > max(max(info.shape, default=1) for info in layout.layers[0].tensors):
+        raise CheckpointError(
+            f"config.json of {shown(checkpoint.path)} says {heads:,} heads of {width:,} for keys and values, and no "
+            "tensor of a layer is that wide; weights and config.json do not belong together."
+        )
+
+
 def _parameter(family: Family, base: str, tensor: str) -> str:
     if tensor in family.head_aliases:
         return family.head
@@ -119,26 +134,44 @@ def _parameter(family: Family, base: str, tensor: str) -> str:
 def _layer_index(prefix: str, parameter: str) -> tuple[int, str] | None:
     """("model.layers.3.mlp.up_proj.weight") -> (3, "mlp.up_proj.weight"); None outside the layers."""
     number, _, leaf = parameter.removeprefix(prefix + ".").partition(".")
-    return (int(number), leaf) if parameter.startswith(prefix + ".") and number.isdecimal() else None
+    return (int(number), leaf) if parameter.startswith(prefix + ".") and _NUMBER.fullmatch(number) else None
 
 
-def _shards(name: str, leaves: list[dict[str, TensorInfo]]) -> tuple[ShardSpec, ...]:
+def _shards(name: str, leaves: Sequence[Mapping[str, TensorInfo]]) -> tuple[ShardSpec, ...]:
     return tuple(ShardSpec(f"{name}.{i}", _sorted(each.values())) for i, each in enumerate(leaves))
 
 
 def _split(
-    prefix: str, named: Mapping[str, TensorInfo], num_layers: int
-) -> tuple[list[dict[str, TensorInfo]], dict[str, TensorInfo]]:
-    """Tensors by layer and leaf, and the rest. Layers beyond the config's count are left out."""
-    leaves: list[dict[str, TensorInfo]] = [{} for _ in range(num_layers)]
+    prefix: str, named: Mapping[str, TensorInfo]
+) -> tuple[Mapping[int, dict[str, TensorInfo]], dict[str, TensorInfo]]:
+    """Tensors by layer and leaf, as many as there are, and the rest."""
+    leaves: dict[int, dict[str, TensorInfo]] = defaultdict(dict)
     rest: dict[str, TensorInfo] = {}
     for name, info in named.items():
         index = _layer_index(prefix, name)
         if index is None:
             rest[name] = info
-        elif index[0] < num_layers:
+        else:
             leaves[index[0]][index[1]] = info
     return leaves, rest
+
+
+def _checked_layers(
+    checkpoint: Checkpoint,
+    family: Family,
+    layer_list: str,
+    found: Mapping[int, dict[str, TensorInfo]],
+    num_layers: int,
+) -> list[dict[str, TensorInfo]]:
+    """The layers that config.json counts, every one in the file; those beyond its count are left out."""
+    present = next((number for number in range(num_layers) if number not in found), num_layers)
+    leaves = [found[number] for number in range(present)]
+    if leaves:
+        _check_layers(checkpoint, family, layer_list, leaves)
+    if present < num_layers:
+        leaf = f".{min(leaves[-1])}" if leaves else ""
+        raise _missing(checkpoint, f"{layer_list}.{present}{leaf}", f"expected by config.json: {num_layers:,} layers")
+    return leaves
 
 
 def _check_layers(checkpoint: Checkpoint, family: Family, layer_list: str, leaves: list[dict[str, TensorInfo]]) -> None:
@@ -156,7 +189,8 @@ def _check_layers(checkpoint: Checkpoint, family: Family, layer_list: str, leave
             raise _missing(checkpoint, f"{prefix}.{leaf}", f"expected by {source}")
         for leaf in sorted(layer.keys() - expected.keys()):
             raise CheckpointError(
-                f"unexpected tensor {layer[leaf].name} in {layer[leaf].file}: {source} has no {leaf}; "
+                f"unexpected tensor {shown(layer[leaf].name)} in {shown(layer[leaf].file)}: {source} has no "
+                f"{shown(leaf)}; "
                 "weights and config.json do not belong together."
             )
         for leaf, (shape, dtype) in expected.items():
@@ -176,11 +210,13 @@ def _check_shape(
 ) -> None:
     if info.shape != shape or dtype not in (None, info.dtype):
         found, expected = f"{info.dtype} {list(info.shape)}", f"{dtype or info.dtype} {list(shape)}"
-        raise CheckpointError(f"tensor {info.name} in {info.file}: found {found}, expected {expected} by {source}.")
+        raise CheckpointError(
+            f"tensor {shown(info.name)} in {shown(info.file)}: found {found}, expected {expected} by {source}."
+        )
 
 
 def _missing(checkpoint: Checkpoint, name: str, why: str) -> CheckpointError:
-    return CheckpointError(f"missing tensor {name} in {checkpoint.path} ({why}); fetch the model again.")
+    return CheckpointError(f"missing tensor {shown(name)} in {shown(checkpoint.path)} ({why}); fetch the model again.")
 
 
 def _pop(named: dict[str, TensorInfo], checkpoint: Checkpoint, name: str) -> TensorInfo:
@@ -193,9 +229,14 @@ def _pop(named: dict[str, TensorInfo], checkpoint: Checkpoint, name: str) -> Ten
 
 
 def _pop_embedding(named: dict[str, TensorInfo], checkpoint: Checkpoint, family: Family) -> TensorInfo:
-    """The embedding, under whichever of its names; no copy of it is left, nor what no model has."""
+    """The embedding, under whichever of its names; no copy of it is left, nor what no model has.
+
+    A tied model's may be stored as the head, which is then left too: whoever saved it chose one name for both.
+    """
     others = [named.pop(name, None) for name in (*family.embedding_copies, *family.unused)]
     copies = [info for info in others[: len(family.embedding_copies)] if info is not None]
+    if family.embedding not in named and not copies and family.is_tied(checkpoint.config):
+        copies = [named[family.head]] if family.head in named else []
     return _pop(named, checkpoint, family.embedding) if family.embedding in named or not copies else copies[0]
 
 

@@ -1,6 +1,7 @@
 """A chat template is rendered as transformers' `apply_chat_template` renders it, text and ids."""
 
 import json
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer
 
 from llmcad_actors.errors import TokenizerError
 from llmcad_actors.models.chat import auto_special_tokens, read_chat_template
+from llmcad_actors.models.chat_template import render_template
 from llmcad_actors.models.tokenizer import auto_tokenizer_json, is_plain, read_tokenizer
 from tests.tiny import tiny_llama, with_template
 
@@ -49,10 +51,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_text_and_ids_are_those_of_apply_chat_template(folders: dict[str, Path], name: str, text: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folders[name])
     messages = [{"role": "user", "content": text}]
-    rendered = read_chat_template(folders[name]).render(text)
+    template = read_chat_template(folders[name])
+    rendered = render_template(template.source, template.variables(text))  # in this process: it is much sooner there
     assert rendered == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = read_tokenizer(folders[name]).encode(rendered, add_special_tokens=False).ids
     assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_process_of_its_own_renders_the_same(folders: dict[str, Path], name: str) -> None:
+    template, text = read_chat_template(folders[name]), "\u00e9\u65e5 \ud800 {{ messages }}\n"
+    assert template.render(text) == render_template(template.source, template.variables(text))
 
 
 def test_a_class_that_knows_more_tokens_is_asked(tmp_path: Path) -> None:
@@ -102,6 +111,13 @@ def test_a_model_without_a_template_is_refused_before_anything_starts(tmp_path: 
         "{{ dict.__class__.__name__ }}",
         "{% set n = namespace(__x=1) %}",
         "{{ messages[0].content + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ 10 ** 5000 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ '%d' | format('x') }}",
+        "{% set n = namespace(a=1) %}{{ n.b.c }}",
+        "{{ ''.join(messages) }}",
+        "(" * 1000 + "{{ " + "(" * 5000 + " }}",
     ],
 )
 def test_a_template_that_fails_or_breaks_out_is_refused(tmp_path: Path, template: str) -> None:
@@ -109,3 +125,56 @@ def test_a_template_that_fails_or_breaks_out_is_refused(tmp_path: Path, template
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(TokenizerError, match=r"the chat template of .* cannot be applied"):
         read_chat_template(folder).render("Hi")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}".replace("x", "{{ '' }}"),
+        "{% set n = namespace(x='xx') %}{% for i in range(99) %}{% set n.x = n.x * 2 %}{% endfor %}{{ n.x }}",
+        "{{ 'x' * (2 ** 33) }}",
+        "{{ ('x' * 3000000) ~ ('y' * 9000000) }}",
+    ],
+    ids=["loops for ever", "doubles", "asks for 8 GiB", "is too long"],
+)
+def test_a_template_takes_no_more_than_its_share(tmp_path: Path, template: str) -> None:
+    """In another process: this one would not come back."""
+    (with_template(tmp_path, None) / "chat_template.jinja").write_text(template)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(TokenizerError, match=r"the chat template of .* cannot be applied") as caught:
+        read_chat_template(tmp_path).render("Hi")
+    assert len(str(caught.value)) < 800
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+FILES: dict[str, tuple[str, bytes, str]] = {
+    "a template that is no text": ("chat_template.jinja", b"\xff\xfe{{ messages }}", "is not UTF-8 text"),
+    "a template without end": ("chat_template.jinja", b"x" * 2_000_000, "has 2,000,000 bytes"),
+    "settings that are a list": ("tokenizer_config.json", b"[]", "is not a JSON object"),
+    "deep settings": ("tokenizer_config.json", b'{"a":' * 9000, "nested"),
+    "a token that is a number": (
+        "tokenizer_config.json",
+        b'{"chat_template": "x", "bos_token": 5}',
+        "bos_token must be text",
+    ),
+    "a token without text": (
+        "tokenizer_config.json",
+        b'{"chat_template": "x", "bos_token": {}}',
+        "bos_token must be text",
+    ),
+    "tokens that are a list": ("special_tokens_map.json", b"[1]", "is not a JSON object"),
+    "templates without names": (
+        "tokenizer_config.json",
+        b'{"chat_template": [{"name": []}, 3]}',
+        "has no chat template",
+    ),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files_that_are_none_are_refused(tmp_path: Path, file: str) -> None:
+    name, content, message = FILES[file]
+    with_template(tmp_path, "x" if name.startswith("special") else None)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TokenizerError, match=message):
+        read_chat_template(tmp_path)

@@ -81,7 +81,7 @@ def test_a_directory_without_a_usable_tokenizer_says_so(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="cannot be read as a tokenizer"):
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is not JSON"):
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json cannot be read as JSON"):
         plain_tokenizer(tmp_path)
 
 
@@ -195,3 +195,19 @@ def test_a_token_that_only_one_has_is_a_difference(tmp_path: Path) -> None:
     larger.save_pretrained(tmp_path / "draft")
     with pytest.raises(TokenizerError, match=r"at id 257, no token in the target and '<\|more\|>' in the draft"):
         check_same_vocabulary(tmp_path / "target", tmp_path / "draft")
+
+
+def test_the_files_own_cutting_and_filling_is_for_training(tmp_path: Path) -> None:
+    """As transformers does: a prompt is neither cut nor filled up, whatever number stands in the file."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    document["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    document["padding"] = {
+        **{"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None},
+        **{"pad_id": 0, "pad_type_id": 0, "pad_token": "<|end|>"},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    expected = AutoTokenizer.from_pretrained(tmp_path)("some text")["input_ids"]
+    assert len(expected) == 9
+    for tokenizer in (read_tokenizer(tmp_path), Tokenizer.from_str(auto_tokenizer_json(tmp_path))):
+        assert tokenizer.encode("some text").ids == expected

@@ -1,16 +1,23 @@
 """A directory is understood from headers alone, and each way it can be broken has its own message."""
 
+import contextlib
 import json
+import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from llmcad_actors.errors import CheckpointError
 from llmcad_actors.storage.checkpoint import Checkpoint
-from llmcad_actors.storage.safetensors_header import TensorInfo
+from llmcad_actors.storage.layout import layout_of
+from llmcad_actors.storage.safetensors_header import TensorInfo, read_header
 from tests.storage.checkpoints import LLAMA, llama_shapes, write_checkpoint, write_file
 
 PAIR = Path(__file__).parents[2] / "llmcad_actors/assets/pair/target"
@@ -90,6 +97,10 @@ def _entry(path: Path, entry: object) -> None:
     _header(path, json.dumps({"w": entry}).encode())
 
 
+def _info(shape: list[Any], begin: object, end: object) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+
+
 def _config(path: Path, **fields: object) -> None:
     (path / "config.json").write_text(json.dumps(LLAMA | fields))
 
@@ -138,6 +149,23 @@ BROKEN: dict[str, tuple[Break, str]] = {
         lambda p: _entry(p, {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}),
         r"w \(F32, shape \[4\]\) cannot occupy bytes \[0, 8\)",
     ),
+    "an entry twice": (
+        lambda p: _header(p, b'{"w":{"dtype":"F32","shape":[],"data_offsets":[0,4]},"w":{}}' + b"1234"),
+        "'w' stands in it more than once",
+    ),
+    "a deep header": (lambda p: _header(p, b'{"w":' * 20_000), "the header is not JSON .*nested"),
+    "axes without end": (lambda p: _entry(p, _info([1] * 99, 0, 4)), "the entry of w is malformed"),
+    "an axis of 2^61": (lambda p: _entry(p, _info([0, 2**61], 0, 0)), r"w \(F32, shape .* cannot occupy"),
+    "a negative axis": (lambda p: _entry(p, _info([-1, -1], 0, 4)), "the entry of w is malformed"),
+    "axes that are true": (lambda p: _entry(p, _info([True], 0, 4)), "the entry of w is malformed"),
+    "an axis with a fraction": (lambda p: _entry(p, _info([1.0], 0, 4)), "the entry of w is malformed"),
+    "offsets of text": (lambda p: _entry(p, _info([1], "0", "4")), "the entry of w is malformed"),
+    "a name without end": (
+        lambda p: _header(p, b'{"' + b"w" * 9999 + b'": 1}'),
+        r"the entry of w{100,} \.\.\. w+ is malf",
+    ),
+    "3 GB of config": (lambda p: os.truncate(p / "config.json", 3 * 10**9), "has 3,000,000,000 bytes, and such a file"),
+    "masks alone": (lambda p: write_file(p / "model.safetensors", {"h.0.attn.bias": (2,)}), "hold no tensors"),
     "no tensors": (lambda p: _header(p, b"{}"), "hold no tensors"),
     "quantised": (
         lambda p: write_file(p / "model.safetensors", {"w": (4,)}, "U8"),
@@ -158,6 +186,7 @@ def test_each_broken_directory_says_what_is_wrong(case: str, tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match=message) as caught:
         Checkpoint.open(path)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_missing_directory_and_a_file_in_its_place_are_told_apart(tmp_path: Path) -> None:
@@ -193,3 +222,71 @@ def test_an_index_that_disagrees_with_the_files_is_refused(tmp_path: Path) -> No
     (path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"names model-00002-of-00002.safetensors, which is absent"):
         Checkpoint.open(path)
+
+
+SPANS = st.lists(st.integers(0, 40), min_size=2, max_size=6)
+
+
+@given(ends=SPANS, moved=st.integers(0, 5), by=st.integers(-8, 8))
+@example(ends=[8, 8], moved=1, by=-8)  # two tensors in one place: another text, and nothing said
+def test_tensors_must_cover_the_data_once(
+    tmp_path_factory: pytest.TempPathFactory, ends: list[int], moved: int, by: int
+) -> None:
+    """As the format says; the safetensors library refuses exactly the same files."""
+    file = tmp_path_factory.mktemp("cover") / "model.safetensors"
+    begins = [sum(ends[:i]) for i in range(len(ends))]
+    begins[moved % len(ends)] += by
+    entries = {
+        f"w{i}": {"dtype": "U8", "shape": [size], "data_offsets": [begin, begin + size]}
+        for i, (begin, size) in enumerate(zip(begins, ends, strict=True))
+    }
+    header = json.dumps(entries).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(sum(ends)))
+    try:
+        safetensors.deserialize(file.read_bytes())  # type: ignore[no-untyped-call]
+    except safetensors.SafetensorError:
+        with pytest.raises(CheckpointError, match=r"is not a valid safetensors file|is truncated|is longer"):
+            read_header(file)
+    else:
+        assert len(read_header(file)) == len(ends)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "vocab_size", "hidden_size", "num_attention_heads", "head_dim"])
+@pytest.mark.parametrize("value", [100_000_000, 2**31 - 1, 10**30, 1e400, "4", True, [4], None, -1])
+def test_a_forged_number_costs_nothing(key: str, value: object, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, LLAMA | {key: value}, SHAPES)
+    tracemalloc.start()
+    with contextlib.suppress(CheckpointError):  # without a head_dim it is calculated
+        layout_of(Checkpoint.open(path))
+        assert (key, value) == ("head_dim", None)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "file", ["../other/model.safetensors", "/etc/passwd", "a/../../x", "", ".", "a\0b", "..", "x" * 5000, "\ud800"]
+)
+def test_an_index_stays_in_its_folder(file: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "other", LLAMA, SHAPES)
+    path = write_checkpoint(tmp_path / "model", LLAMA, SHAPES, num_files=2)
+    _edit_index(path, lambda m: m.update(dict.fromkeys(m, file)))
+    with pytest.raises(CheckpointError, match=r"no file of the model's folder|cannot be opened|is absent") as caught:
+        Checkpoint.open(path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_files_may_be_links_as_in_the_hugging_face_cache(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "blobs", LLAMA, SHAPES, num_files=2)
+    (tmp_path / "snapshot").mkdir()
+    for file in path.iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    assert Checkpoint.open(tmp_path / "snapshot").tensors.keys() == SHAPES.keys()
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "loop/x", "file/x", "\ud800"])
+def test_a_folder_that_cannot_be_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot be opened|does not exist") as caught:
+        Checkpoint.open(tmp_path / name)
+    assert len(str(caught.value)) < 400
