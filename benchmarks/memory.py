@@ -1,6 +1,10 @@
 """What does each memory cap cost in time, and is it kept? One run per cap, each in a process of its own.
 
     python -m benchmarks.memory [--target demo] [--caps 1300MB,1500MB,2GB] [--tokens 64]
+    python -m benchmarks.memory --vocabularies 32k,128k,256k [--kinds bpe,unigram]
+
+The second form asks the same of tiny models with large vocabularies (`vocabularies.py`), with a draft and without, at
+the smallest cap that is accepted and at twice that; every tree is as large as it may be.
 
 Peaks are proportional set sizes, sampled, with the object store counted once. Where a memory cgroup can be made (as
 root), the run lives inside one whose hard limit is the cap, and the kernel's own peak stands beside them: page cache
@@ -10,6 +14,7 @@ included, so it comes close to the cap by nature; what it shows is that nothing 
 smaller. `--max-context` with little more than prompt and tokens shows it as it is.
 """
 
+import itertools
 import json
 import signal
 import subprocess
@@ -28,6 +33,7 @@ from rich.table import Table
 from benchmarks.cgroups import MemoryCgroup, memory_cgroup
 from benchmarks.common import emit, measurement, model_paths
 from benchmarks.memory_run import NO_DRAFT
+from benchmarks.vocabularies import pair
 from llmcad_actors.cli import reports_errors
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import format_size, parse_size, smallest_cap
@@ -62,12 +68,21 @@ def cgroup_where_possible(limit_bytes: int) -> Iterator[MemoryCgroup | None]:
         yield cgroup
 
 
-def run(paths: tuple[str, str], cap: int, tokens: int, context: int, timeout_s: float, *, hard: bool) -> dict[str, Any]:
+def run(
+    paths: tuple[str, str],
+    cap: int,
+    tokens: int,
+    context: int,
+    timeout_s: float,
+    *,
+    hard: bool,
+    fallback: str = "marginal",
+) -> dict[str, Any]:
     """One cap; `killed` where the run broke under the hard limit, and is then made again without."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         out = Path(folder) / "figures.json"
         numbers = [str(number) for number in (cap, tokens, context)]
-        command = [sys.executable, "-m", "benchmarks.memory_run", *paths, *numbers, str(out)]
+        command = [sys.executable, "-m", "benchmarks.memory_run", *paths, *numbers, fallback, str(out)]
         cgroup = stack.enter_context(cgroup_where_possible(cap)) if hard else None
         done = subprocess.run(
             cgroup.command(command) if cgroup else command, stdout=subprocess.DEVNULL, timeout=timeout_s
@@ -82,7 +97,8 @@ def run(paths: tuple[str, str], cap: int, tokens: int, context: int, timeout_s: 
     if not hard or not kernel["oom_kills"]:
         raise SystemExit(f"the run under {format_size(cap)} broke with exit code {done.returncode}; see above")
     screen.print(f"{format_size(cap)}: killed under the hard limit; again without", style="yellow")
-    return {**run(paths, cap, tokens, context, timeout_s, hard=False), **kernel, "killed": True}
+    again = run(paths, cap, tokens, context, timeout_s, hard=False, fallback=fallback)
+    return {**again, **kernel, "killed": True}
 
 
 def values_of(figures: Mapping[str, Any], reference: Sequence[int] | None) -> dict[str, Any]:
@@ -129,6 +145,64 @@ def group_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def least_cap(paths: tuple[str, str], context: int | None) -> int:
+    """The smallest cap that is accepted, in whole megabytes."""
+    draft = None if paths[1] == NO_DRAFT else paths[1]
+    job = prepare(EngineConfig(target=paths[0], draft=draft, memory="100%", max_context=context, fallback="full-tree"))
+    return -(-job.least_bytes // MB) * MB
+
+
+def vocabulary_line(kind: str, size: int, draft: bool, factor: int, tokens: int, **options: Any) -> dict[str, Any]:
+    """One run of a tiny model with a large vocabulary under `factor` times the smallest cap."""
+    target, small = pair(kind, size)
+    paths = (str(target), str(small) if draft else NO_DRAFT)
+    cap = factor * least_cap(paths, None)
+    screen.print(f"{kind}, {size} entries, {'a' if draft else 'no'} draft, {format_size(cap)} ...", style="dim")
+    settings = {"kind": kind, "vocabulary": size, "draft": draft, "memory_cap_bytes": cap, "tokens": tokens}
+    figures = run(paths, cap, tokens, 0, fallback="full-tree", **options)
+    state = "O_DIRECT: the page cache is not used for weights"
+    return measurement("memory of a vocabulary", values_of(figures, None), config=settings, cache_state=state, seed=0)
+
+
+def vocabulary_table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="tiny models with large vocabularies")
+    for column in ("tokenizer", "draft", "cap", "plan", "peak", "of plan", "in cgroup", "takes", "kept"):
+        table.add_column(column, justify="right")
+    for line in lines:
+        config, peak, plan = line["config"], line["peak_bytes"], line["planned_bytes"]
+        table.add_row(
+            f"{config['kind']} {config['vocabulary']}",
+            "yes" if config["draft"] else "no",
+            format_size(config["memory_cap_bytes"]),
+            format_size(plan),
+            format_size(peak),
+            f"{peak / plan:.0%}",
+            "killed" if line["killed"] else format_size(line["cgroup_peak_bytes"] or 0),
+            format_size(line["tokenizer_bytes"]),
+            "yes" if peak <= config["memory_cap_bytes"] and not line["killed"] else "NO",
+        )
+    return table
+
+
+def parse_count(text: str) -> int:
+    """ "32k" -> 32000."""
+    return int(text.lower().removesuffix("k")) * (1000 if text.lower().endswith("k") else 1)
+
+
+def sweep_vocabularies(
+    vocabularies: str, kinds: str, tokens: int, timeout_s: float, out: Path | None, *, hard: bool
+) -> None:
+    """Every kind, every size, with a draft and without, at the smallest cap and at twice that. Exit code 1: broken."""
+    lines = []
+    for size, kind in itertools.product(map(parse_count, vocabularies.split(",")), kinds.split(",")):
+        for draft, factor in itertools.product((True, False), (1, 2)):
+            lines.append(vocabulary_line(kind, size, draft, factor, tokens, timeout_s=timeout_s, hard=hard))
+            emit(lines[-1], out)
+    Console(width=None if sys.stdout.isatty() else TABLE_WIDTH).print(vocabulary_table(lines))
+    if any(line["peak_bytes"] > line["config"]["memory_cap_bytes"] or line["killed"] for line in lines):
+        raise typer.Exit(1)
+
+
 def draw(lines: Sequence[Mapping[str, Any]], title: str, png: Path) -> None:
     import matplotlib
 
@@ -159,9 +233,15 @@ def main(
     timeout: Annotated[float, typer.Option(help="Seconds that one cap may take.")] = 1800.0,
     out: Annotated[Path | None, typer.Option(help="Append JSON lines here; default: print them.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw seconds against the cap.")] = None,
+    vocabularies: Annotated[
+        str | None, typer.Option(help="Sizes, such as 32k,128k,256k: tiny models with such vocabularies instead.")
+    ] = None,
+    kinds: Annotated[str, typer.Option(help="Of --vocabularies: the tokenizers' kinds.")] = "bpe,unigram",
 ) -> None:
     """Sweep the memory cap; prints a JSON line for each, and tables."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the cgroup goes, with what is in it
+    if vocabularies is not None:
+        return sweep_vocabularies(vocabularies, kinds, tokens, timeout, out, hard=hard)
     model, small = model_paths(target, draft)
     paths = (str(model), NO_DRAFT if draft == NO_DRAFT else str(small))
     small_path = None if paths[1] == NO_DRAFT else paths[1]

@@ -1,6 +1,6 @@
 """One cap of `benchmarks.memory`, in a process of its own: it can be put in a cgroup, and it is the driver counted.
 
-python -m benchmarks.memory_run TARGET DRAFT CAP TOKENS CONTEXT OUT        writes one JSON object to OUT
+python -m benchmarks.memory_run TARGET DRAFT CAP TOKENS CONTEXT FALLBACK OUT        writes one JSON object to OUT
 """
 
 import json
@@ -76,6 +76,8 @@ def run(config: EngineConfig, tokens: int) -> dict[str, Any]:
         **figures(result),
         **memory_figures(sampler, planned, sum(rows.values())),
         "store_bytes": job.memory.store_bytes,
+        "planned_bytes": job.memory.total_bytes,
+        "tokenizer_bytes": job.memory.tokenizer_bytes,
     }
 
 
@@ -89,6 +91,7 @@ def figures(result: Result) -> dict[str, Any]:
         "pinned_bytes": stats.pinned_bytes,
         "window_bytes": stats.window_bytes,
         "spilled_bytes": stats.spilled_bytes,
+        "cap_exceeded_bytes": stats.cap_exceeded_bytes,
         "memory_cap_bytes": stats.memory_cap_bytes,
         "token_ids": list(result.token_ids),
     }
@@ -106,9 +109,9 @@ def memory_figures(sampler: GroupSampler, planned_overhead: int, parts: int) -> 
 
 
 def main() -> None:
-    target, draft, cap, tokens, context, out = sys.argv[1:]
+    target, draft, cap, tokens, context, fallback, out = sys.argv[1:]
     small = None if draft == NO_DRAFT else draft
-    config = EngineConfig(target=target, draft=small, memory=cap, max_context=int(context) or None)
+    config = EngineConfig(target=target, draft=small, memory=cap, max_context=int(context) or None, fallback=fallback)
     Path(out).write_text(json.dumps(run(config, int(tokens))))
 
 

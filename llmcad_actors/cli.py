@@ -142,6 +142,10 @@ def generate(
 @partial(takes_job, make_demo=demo_to_plan)
 def plan(job: "Prepared", as_json: AsJson = False) -> None:
     """Show how the memory cap is split, what is pinned and what is streamed. Starts nothing."""
+    from llmcad_actors.admission import shortage
+
+    if (short := shortage(job)) is not None:
+        tell([f"it could not be started now: {short}"])
     if as_json:
         output.write(json.dumps(job.forecast()) + "\n")
     else:

@@ -1,13 +1,12 @@
 """The door: launch an engine, generate, stream, close. Runs in the user's process; no torch here."""
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any, Self, Unpack
-
-from tokenizers import Tokenizer
 
 import llmcad_actors.errors as errors
 from llmcad_actors import checks
@@ -17,22 +16,25 @@ from llmcad_actors.actors.lean_ray import LocalRay
 from llmcad_actors.actors.memory import MemoryWatcher, process_pss
 from llmcad_actors.actors.own_ray import end_ray, start_ray
 from llmcad_actors.actors.runtime import Actors, start_actors
+from llmcad_actors.admission import Admission, admit
 from llmcad_actors.config import EngineConfig, Settings, documents_settings, setting_names
+from llmcad_actors.core.overrun import Overrun
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.disk_settings import meet_disk
 from llmcad_actors.errors import EngineClosedError, LlmcadError, RuntimeFailure, StorageError
 from llmcad_actors.messages import Event, Failed, Finished, Progress, Provisional, Request, Tokens, pack, unpack
-from llmcad_actors.models.tokenizer import Detokenizer, StopStrings, is_plain, plain_tokenizer
+from llmcad_actors.models.tokenizer import Detokenizer, StopStrings
 from llmcad_actors.planning import Prepared, prepare
 from llmcad_actors.prompt import check_text, room_behind
 from llmcad_actors.request_options import RequestOptions
 from llmcad_actors.results import Piece, Result, Status
+from llmcad_actors.tokenizer_child import LoadedTokenizer, give_back_memory, load_tokenizer
 from llmcad_actors.tracing import traced
 from llmcad_actors.turn import CLOSED, Turn
 
+LOG = logging.getLogger("llmcad_actors")  # by default its warnings go to standard error
 POLL_S = 0.25
 CALL_TIMEOUT_S = 60.0
-TOKENIZER_TIMEOUT_S = 120.0
 
 
 class Engine:
@@ -51,7 +53,16 @@ class Engine:
     file of the model changed under a run, `CheckpointError` where its numbers are no numbers.
     """
 
-    def __init__(self, prepared: Prepared, ray_: LocalRay, actors: Actors, watcher: MemoryWatcher) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        ray_: LocalRay,
+        actors: Actors,
+        watcher: MemoryWatcher,
+        text: LoadedTokenizer,
+        overrun: Overrun,
+        admission: Admission,
+    ) -> None:
         """For `start`; the engine takes over what it is given, and ends it."""
         self.prepared = prepared
         self._actors = actors
@@ -59,6 +70,7 @@ class Engine:
         self._turn = Turn()
         self._ending = threading.RLock()
         self._end = ExitStack()  # from the last to the first
+        self._end.callback(admission.close)
         self._end.callback(end_ray, ray_)
         self._end.callback(actors.close)
         self._end.callback(watcher.close)
@@ -66,7 +78,8 @@ class Engine:
         pinned = [spec.nbytes for spec in prepared.layout.shards if spec.name in prepared.memory.pinned]
         self._guard = Guard(actors.verifier, pinned, prepared.memory.cap_bytes)
         watcher.tell(self._guard.look)
-        self._tokenizer = self._load_tokenizer()
+        self._overrun = overrun
+        self._tokenizer, self._special_tokens = text.tokenizer, text.special_tokens
         self._finish_reason = ""
         self._stats: Stats | None = None
 
@@ -79,34 +92,47 @@ class Engine:
         *,
         memory: str | int | None = None,
         say: Callable[[str], None] = lambda what: None,
+        warn: Callable[[str], None] = LOG.warning,
         count_caller: bool = False,
         **settings: Unpack[Settings],
     ) -> Self:
         """Check, plan, start the actors and pin what stays; returns when the engine is ready.
 
         `memory` caps all that llmcad adds to the machine; of the calling process only the growth from now on is
-        counted, unless `count_caller`. `say` is told what is being waited for. Raises `UserError` for bad input,
-        before any process is started; `RuntimeFailure` when the start breaks; `EngineBusyError` while another engine
-        of this process runs a Ray of its own.
+        counted, unless `count_caller`. `say` is told what is being waited for, `warn` of memory use above the cap.
+        Raises `UserError` for bad input, and for a plan that takes more than is free, before any actor is started;
+        `RuntimeFailure` when the start breaks; `EngineBusyError` while another engine of this process runs a Ray of
+        its own.
         """
         checks.known_names("setting", settings, setting_names())
         config = EngineConfig(target=target, draft=draft, memory=memory, **settings)  # type: ignore[arg-type]
-        return cls.start(prepare(config), say=say, count_caller=count_caller)
+        return cls.start(prepare(config), say=say, warn=warn, count_caller=count_caller)
 
     @classmethod
     def start(
-        cls, prepared: Prepared, *, say: Callable[[str], None] = lambda what: None, count_caller: bool = False
+        cls,
+        prepared: Prepared,
+        *,
+        say: Callable[[str], None] = lambda what: None,
+        warn: Callable[[str], None] = LOG.warning,
+        count_caller: bool = False,
     ) -> Self:
         """`launch` for a job that has been prepared."""
         checks.function("say", say)
+        checks.function("warn", warn)
         count_caller = checks.flag("count_caller", count_caller)
-        baseline = 0 if count_caller else process_pss(os.getpid())[0]
-        watcher = MemoryWatcher(os.getpid(), baseline_bytes=baseline)
-        for notice in prepared.notices:
-            say(notice)
-        meet_disk(prepared.config, prepared.target, say)
-        say("starting Ray")
         with ExitStack() as undo:
+            admission = admit(prepared)
+            undo.callback(admission.close)
+            give_back_memory()  # what the caller holds free is not to be mistaken for ours
+            baseline = 0 if count_caller else process_pss(os.getpid())[0]
+            overrun = Overrun(prepared.memory.cap_bytes, warn)
+            watcher = MemoryWatcher(os.getpid(), baseline_bytes=baseline, overrun=overrun)
+            for notice in prepared.notices:
+                say(notice)
+            meet_disk(prepared.config, prepared.target, say)
+            text = load_tokenizer(prepared.target.path)  # first: loading takes more than what stays
+            say("starting Ray")
             ray_ = start_ray(prepared.memory.store_bytes)
             undo.callback(end_ray, ray_)
             undo.callback(watcher.close)
@@ -121,7 +147,7 @@ class Engine:
                 say,
             )
             undo.callback(actors.close)
-            engine = cls(prepared, ray_, actors, watcher)
+            engine = cls(prepared, ray_, actors, watcher, text, overrun, admission)
             undo.pop_all()  # from now on by `close`
             return engine
 
@@ -247,6 +273,7 @@ class Engine:
         self, request: Request, detokenizer: Detokenizer, stops: StopStrings, provisional: bool
     ) -> Generator[Piece]:
         self._finish_reason, self._stats, before, shed = "", None, self._progress(), self._guard.num_shed
+        self._overrun.begin()
         self._call("the request", self._actors.coordinator.start, pack(request))
         try:
             while not self._finish_reason:
@@ -312,15 +339,8 @@ class Engine:
             window_bytes=memory.window_bytes,
             spilled_bytes=self._watcher.spilled_bytes,
             shed_shards=self._guard.num_shed - shed,
+            cap_exceeded_bytes=self._overrun.exceeded_bytes,
         )
-
-    def _load_tokenizer(self) -> Tokenizer:
-        path = self.prepared.target.path
-        tokenizer = plain_tokenizer(path)
-        if tokenizer is None:
-            written = self._call("the tokenizer", self._actors.verifier.tokenizer_json, timeout_s=TOKENIZER_TIMEOUT_S)
-            tokenizer = Tokenizer.from_str(written)
-        return tokenizer
 
     def _encode(self, prompt: str) -> tuple[int, ...]:
         check_text(prompt, "the prompt")
@@ -330,10 +350,8 @@ class Engine:
         """The template brings its own special tokens; the tokenizer adds none."""
         check_text(message, "the prompt")
         template = self.prepared.chat_template()
-        if not is_plain(template.path):
-            call = self._actors.verifier.special_tokens
-            tokens = self._call("the tokenizer", call, timeout_s=TOKENIZER_TIMEOUT_S)
-            template = replace(template, special_tokens=unpack(tokens))
+        if self._special_tokens is not None:
+            template = replace(template, special_tokens=self._special_tokens)
         return tuple(self._tokenizer.encode(template.render(message), add_special_tokens=False).ids)
 
     def _room(self, ids: Sequence[int], max_new_tokens: int) -> int:

@@ -5,7 +5,7 @@ LlmcadError
     ConfigError             an option or a configuration file
     CheckpointError         a model directory (missing, truncated, inconsistent, unsupported)
     TokenizerError          no tokenizer, or draft and target disagree
-    MemoryCapError          the cap is too small; the message names the smallest that works
+    MemoryCapError          the cap is too small, or not free; the message names the smallest that works
     StorageError            a folder or disk that cannot take or give what is asked
   RuntimeFailure            the run broke; exit code 1
     ActorFailure            an actor died or raised
@@ -41,7 +41,7 @@ class TokenizerError(UserError):
 
 
 class MemoryCapError(UserError):
-    """The memory cap is too small for the job."""
+    """The memory cap is too small for the job, or more than what is free now."""
 
 
 class StorageError(UserError):

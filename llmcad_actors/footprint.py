@@ -4,15 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmcad_actors.config import EngineConfig
-from llmcad_actors.core.budget import EMBEDDING_CACHE_BYTES, BudgetInputs, Shard
+from llmcad_actors.core.budget import EMBEDDING_CACHE_BYTES, LOGITS_BYTES, BudgetInputs, Shard
+from llmcad_actors.core.rows import PREFIX_ROWS
 from llmcad_actors.models import thin_imports
 from llmcad_actors.models.families import family_of
 from llmcad_actors.models.generation_rules import active_rules
 from llmcad_actors.processor import has_bfloat16
 from llmcad_actors.storage.checkpoint import Checkpoint
-from llmcad_actors.storage.layout import Layout, ShardSpec
+from llmcad_actors.storage.layout import Layout, ShardSpec, layout_of
 from llmcad_actors.storage.pieces import pieces_of
 from llmcad_actors.storage.reader import span_bytes
+from llmcad_actors.tokenizer_child import tokenizer_memory
 
 PADDING = 256
 """Rows of a long pass are padded to multiples of this."""
@@ -23,6 +25,7 @@ DRAFT_SLOTS = 1024
 MB = 1_000_000
 DAEMONS = 83 * MB
 THIN_PROCESSES = 232 * MB  # the caller, the coordinator, the loader
+CALLER = 85 * MB
 TORCH_PROCESS = 233 * MB
 WHOLE_TORCH_PROCESS = 335 * MB  # with all that an untested torch imports
 """Proportional set sizes after start, without weights, as `benchmarks/memory.py` measures them, and 3 %."""
@@ -35,8 +38,10 @@ def budget_inputs(
 ) -> BudgetInputs:
     """What each part will take, in bytes."""
     width = compute_bytes(target, config.dtype)
+    overhead = overhead_bytes(1 if draft is None else 2)
     return BudgetInputs(
-        overhead_bytes=overhead_bytes(1 if draft is None else 2),
+        overhead_bytes=overhead,
+        tokenizer=tokenizer_bytes(target, overhead),
         draft_weights=0
         if draft is None
         else draft.total_bytes * compute_bytes(draft, draft_dtype(config, draft)) // stored_bytes(draft),
@@ -48,7 +53,8 @@ def budget_inputs(
             encoder_bytes(layout, target.config, context, width),
             activation_bytes(layout, target.config, context, config.max_nodes, config.prefill_chunk, width)
             + logits_bytes(target, layout, config.max_nodes, width),
-        ),
+        )
+        + (0 if draft is None else draft_activation_bytes(draft, config, context)),
         shards=tuple(budget_shard(spec, config.piece_bytes, spec in layout.encoder) for spec in layout.shards),
     )
 
@@ -58,10 +64,27 @@ def overhead_bytes(models: int) -> int:
     return DAEMONS + THIN_PROCESSES + models * (TORCH_PROCESS if thin_imports.is_tested() else WHOLE_TORCH_PROCESS)
 
 
+def tokenizer_bytes(target: Checkpoint, overhead: int) -> int:
+    """What stays of the tokenizer in the caller's process.
+
+    More, where loading it takes more than all that will run: it is loaded before anything else starts.
+    """
+    takes = tokenizer_memory(target.path)
+    return max(takes.stays, CALLER + takes.peak - overhead)
+
+
 def budget_shard(spec: ShardSpec, piece_bytes: int, once: bool = False) -> Shard:
     """A shard as the budget sees it. once: only a prompt's first pass reads it."""
     spans = [span_bytes(piece.offset, piece.nbytes) for piece in pieces_of(spec, piece_bytes)]
     return Shard(spec.name, spec.nbytes, sum(spans), max(spans), once)
+
+
+def draft_activation_bytes(draft: Checkpoint, config: EngineConfig, context: int) -> int:
+    """The widest moment of a draft's step: a part of a prompt in a layer, or the logits of a batch."""
+    layout, rows = layout_of(draft), min(PREFIX_ROWS, context)
+    widest = max(max(tensor.shape) for tensor in layout.layers[0].tensors)
+    states = rows * (4 * layout.embedding.shape[1] + 3 * widest) * 4 + rows * (context + DRAFT_SLOTS) * 4
+    return max(states, part_of_logits_bytes(config.batch, layout.embedding.shape[0], 4))
 
 
 def draft_cache_bytes(draft: Checkpoint, config: EngineConfig, context: int) -> int:
@@ -119,8 +142,13 @@ def activation_bytes(
     states += chunk * rows * (width + 3) * (1 if family.windows == "none" else 2)
     if family.keeps_scores:
         states += family.num_heads(config) * chunk * rows * (4 + 2 * width)
-    logits = (nodes + 1) * max(spec.tensors[0].shape[0] for spec in prepared.head) * (4 + width)
-    return carried + max(states, logits)
+    slice_ = max(spec.tensors[0].shape[0] for spec in prepared.head)
+    return carried + max(states, part_of_logits_bytes(nodes + 1, slice_, width))
+
+
+def part_of_logits_bytes(rows: int, entries: int, width: int) -> int:
+    """Logits of the part of the vocabulary that is looked at: in float32, as computed, and twice where capped."""
+    return min(4 * rows * entries, LOGITS_BYTES) * (4 + 3 * width) // 4
 
 
 def logits_bytes(target: Checkpoint, layout: Layout, nodes: int, width: int) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcad_actors.config import DraftSpec, EngineConfig, LoaderSpec, VerifierSpec
-from llmcad_actors.core.budget import MemoryPlan, parse_rate, parse_size, plan
+from llmcad_actors.core.budget import MemoryPlan, parse_rate, parse_size, plan, smallest_cap
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import (
     AdaptiveConfidence,
@@ -25,11 +25,12 @@ from llmcad_actors.limits import memory_limit, within
 from llmcad_actors.model_names import find_model
 from llmcad_actors.models.families import family_of
 from llmcad_actors.models.generation_rules import active_rules, first_token, ignored_rules, start_token, stop_tokens
-from llmcad_actors.models.tokenizer import check_same_vocabulary, tokenizer_config
+from llmcad_actors.models.tokenizer import tokenizer_config
 from llmcad_actors.processor import cores
 from llmcad_actors.shorthand import spelled_out
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import Layout, check_heads, layout_of
+from llmcad_actors.tokenizer_child import check_same_vocabulary
 from llmcad_actors.versions import newer_than_tested
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Prepared:
     memory: MemoryPlan
     context: int  # tokens of prompt and output together
     notices: tuple[str, ...] = ()  # what the user should know: settings that were changed, or are not followed
+    least_bytes: int = 0  # the smallest cap that would do
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -237,9 +239,10 @@ def prepare(config: EngineConfig) -> Prepared:
         )
     limit = memory_limit()
     cap, notices = within(parse_size(str(config.memory), limit.limit_bytes), limit)
-    memory = plan(budget_inputs(config, target, layout, draft, context), cap)
+    inputs = budget_inputs(config, target, layout, draft, context)
+    memory = plan(inputs, cap)
     told = (*newer_than_tested(), *notices, *unfollowed(target), *slow_window(memory), *many_threads(config))
-    return Prepared(config, target, layout, draft, memory, context, told)
+    return Prepared(config, target, layout, draft, memory, context, told, smallest_cap(inputs))
 
 
 def check_settings(checkpoint: Checkpoint, layout: Layout) -> None:

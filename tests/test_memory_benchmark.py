@@ -3,15 +3,19 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 
 from benchmarks.cgroups import memory_cgroup
-from benchmarks.memory import default_caps
+from benchmarks.memory import default_caps, parse_count
+from benchmarks.vocabularies import pair
 from llmcad_actors.bundled import bundled_draft, bundled_target
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.limits import memory_limit
+from llmcad_actors.models.tokenizer import read_tokenizer
+from llmcad_actors.planning import prepare
 from tests.actors.engines import job
 
 MIB = 1 << 20
@@ -39,6 +43,15 @@ def test_the_default_caps_run_from_the_least_to_all_pinned() -> None:
     assert caps[-1] <= memory_limit().limit_bytes
     least = job(bundled_target(), bundled_draft(), overlaps=False).memory.cap_bytes
     assert least <= caps[0] < least + 10**6
+
+
+def test_models_with_a_vocabulary_of_any_size_are_made_once(tmp_path: Path) -> None:
+    target, draft = pair("bpe", parse_count("2k"), tmp_path)
+    job = prepare(EngineConfig(target=str(target), draft=str(draft), memory="4GB"))
+    assert read_tokenizer(target).get_vocab_size() == job.layout.embedding.shape[0] == 2000
+    made = (target / "tokenizer.json").stat().st_mtime_ns
+    assert pair("bpe", 2000, tmp_path) == (target, draft)
+    assert (target / "tokenizer.json").stat().st_mtime_ns == made
 
 
 def test_a_sweep_prints_a_line_for_every_cap() -> None:

@@ -28,10 +28,13 @@ class Guard:
         self._order: Any = None
         self.num_shed = 0  # shards given up, so far
 
-    def look(self, used_bytes: int) -> None:
-        """One sample: what llmcad uses now."""
-        if not self._is_carried_out():
-            return
+    def look(self, used_bytes: int) -> bool:
+        """One sample: what llmcad uses now. Returns whether shards are still on their way out."""
+        if self._is_carried_out():
+            self._decide(used_bytes)
+        return self._policy.kept < self._held
+
+    def _decide(self, used_bytes: int) -> None:
         machine = self._free()
         sample = MemorySample(used_bytes, self._cap, machine.free_bytes, machine.limit_bytes)
         before = self._policy

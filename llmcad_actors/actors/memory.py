@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from llmcad_actors.core.overrun import Overrun
+
 DRIVER, DAEMONS, STORE = "driver", "Ray daemons", "store"
 ACTOR_GROUPS = {
     "Coordinator": "coordinator",
@@ -120,8 +122,13 @@ def _readable(process: psutil.Process) -> str:
 class MemoryWatcher:
     """Samples a process tree in a thread and keeps the peak."""
 
-    def __init__(self, root_pid: int, *, baseline_bytes: int = 0, interval_s: float = 1.0) -> None:
-        """`baseline_bytes`: what the root process used before llmcad; it is not ours and is taken off."""
+    def __init__(
+        self, root_pid: int, *, baseline_bytes: int = 0, interval_s: float = 1.0, overrun: Overrun | None = None
+    ) -> None:
+        """`baseline_bytes`: what the root process used before llmcad; it is not ours and is taken off.
+
+        overrun: what looks at every sample too.
+        """
         self._root = psutil.Process(root_pid)
         self._baseline = baseline_bytes
         self._interval_s = interval_s
@@ -129,11 +136,12 @@ class MemoryWatcher:
         self.current_bytes = 0
         self.peak_bytes = 0
         self.spilled_bytes = 0
-        self._tell: Callable[[int], object] = lambda used: None
+        self._overrun = overrun
+        self._tell: Callable[[int], object] = lambda used: False
         self._thread = threading.Thread(target=self._run, name="llmcad-memory", daemon=True)
 
     def tell(self, look: Callable[[int], object]) -> None:
-        """Call `look` with the bytes in use after each of the thread's samples."""
+        """Call `look` with the bytes in use after each of the thread's samples; it says whether it can help."""
         self._tell = look
 
     def start(self) -> None:
@@ -145,6 +153,8 @@ class MemoryWatcher:
         self.current_bytes = max(0, use.total - self._baseline)
         self.spilled_bytes = max(self.spilled_bytes, use.spilled)
         self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+        if self._overrun is not None:
+            self._overrun.record(self.current_bytes)
         return self.current_bytes
 
     def close(self) -> None:
@@ -154,4 +164,7 @@ class MemoryWatcher:
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):
-            self._tell(self.sample())
+            used = self.sample()
+            helps = bool(self._tell(used))
+            if self._overrun is not None:
+                self._overrun.say(used, helps)

@@ -30,8 +30,7 @@ class VerifierActor:
         quiet.after_imports()
         setup: VerifierSpec = unpack(spec)
         torch.set_num_threads(setup.threads)
-        self._path = Path(setup.path)
-        checkpoint = Checkpoint.open(self._path)
+        checkpoint = Checkpoint.open(Path(setup.path))
         layout = layout_of(checkpoint)
         names, encoder = ([spec.name for spec in specs] for specs in (layout.shards, layout.encoder))
         self._source = LeasedShards(loader, names, encoder)
@@ -58,16 +57,6 @@ class VerifierActor:
         An actor does one thing at a time: this comes between passes.
         """
         return self._source.keep(count), self._num_passes
-
-    def tokenizer_json(self) -> str:
-        from llmcad_actors.models.tokenizer import auto_tokenizer_json
-
-        return auto_tokenizer_json(self._path)
-
-    def special_tokens(self) -> bytes:
-        from llmcad_actors.models.chat import auto_special_tokens
-
-        return pack(auto_special_tokens(self._path))
 
     def begin(self, prompt: bytes, stop_tokens: bytes, max_new_tokens: int) -> int:
         return self._target.begin(unpack(prompt), unpack(stop_tokens), max_new_tokens)

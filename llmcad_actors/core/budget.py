@@ -1,6 +1,6 @@
 """The byte budget: how a memory cap is split, before anything starts.
 
-    cap >= overhead + draft weights + draft KV + target resident + target KV + activations
+    cap >= overhead + tokenizer + draft weights + draft KV + target resident + target KV + activations
            + window + slack + pinned shards
 
 Target weights come in shards, in the order of the pass. The window holds those under way: the one the verifier
@@ -28,6 +28,7 @@ __all__ = ["BudgetInputs", "MemoryPlan", "Shard", "format_size", "parse_rate", "
 
 STORE_SLACK_BYTES = 16 << 20  # of the object store: headers, alignment, gaps between objects
 EMBEDDING_CACHE_BYTES = 8 << 20  # rows of the target's embedding that are kept
+LOGITS_BYTES = 4 << 20  # of float32 logits, in draft and verifier: a large vocabulary is gone through in parts
 LEAST_STORE_BYTES = 80 << 20  # Ray makes none smaller, and in time all of it is touched
 _MB = 10**6
 
@@ -53,6 +54,7 @@ class BudgetInputs:
     target_kv: int
     activations: int
     shards: tuple[Shard, ...]  # all layers in the order of the pass, then the head
+    tokenizer: int = 0  # in the caller's process
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class MemoryPlan:
     streamed: tuple[str, ...]
     bytes_per_prompt: int = 0  # streamed besides, in a prompt's first pass
     overlaps: bool = True  # the window has room to read a shard while another computes
+    tokenizer_bytes: int = 0
 
     @property
     def store_bytes(self) -> int:
@@ -93,6 +96,7 @@ class MemoryPlan:
         """(part, bytes), for a table."""
         return (
             ("runtime", self.overhead_bytes),
+            ("tokenizer", self.tokenizer_bytes),
             ("draft weights", self.draft_weights_bytes),
             ("draft cache", self.draft_kv_bytes),
             ("target, always resident", self.target_resident_bytes),
@@ -153,6 +157,7 @@ def _split(inputs: BudgetInputs, pinned: frozenset[int], cap_bytes: int, overlap
     return MemoryPlan(
         cap_bytes=cap_bytes,
         overhead_bytes=inputs.overhead_bytes,
+        tokenizer_bytes=inputs.tokenizer,
         draft_weights_bytes=inputs.draft_weights,
         draft_kv_bytes=inputs.draft_kv,
         target_resident_bytes=inputs.target_resident,

@@ -29,6 +29,7 @@ class Stats:
     window_bytes: int = 0
     spilled_bytes: int = 0
     shed_shards: int = 0  # pinned shards given up because memory got short
+    cap_exceeded_bytes: int = 0  # how far memory use went above its cap, at most; 0: never
 
     def after_pass(
         self,

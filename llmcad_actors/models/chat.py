@@ -71,7 +71,7 @@ class ChatTemplate:
 def read_chat_template(path: Path) -> ChatTemplate:
     """The template of a directory: chat_template.jinja, else tokenizer_config.json's. Raises `TokenizerError`.
 
-    The special tokens are those that the files name; a tokenizer class may know more (`auto_special_tokens`).
+    The special tokens are those that the files name; a tokenizer class may know more (its `special_tokens_map`).
     """
     config, file = tokenizer_config(path), path / "chat_template.jinja"
     is_file = os.path.lexists(file)
@@ -82,17 +82,6 @@ def read_chat_template(path: Path) -> ChatTemplate:
             "may be a base model, not a chat model; leave out --chat (chat=True) to continue the text as it stands"
         )
     return ChatTemplate(path, source, _special_tokens(path, config))
-
-
-def auto_special_tokens(path: Path) -> dict[str, str]:
-    """The special tokens of the directory's AutoTokenizer, by name. Imports torch. Raises `TokenizerError`."""
-    from transformers import AutoTokenizer
-
-    try:
-        named = AutoTokenizer.from_pretrained(path, local_files_only=True).special_tokens_map
-    except Exception as error:  # whatever transformers makes of files that are not as it expects
-        raise TokenizerError(f"{shown(path)} has no tokenizer that transformers can load ({shown(error)})") from None
-    return dict(named)
 
 
 def _default(template: Any) -> str | None:

@@ -19,9 +19,10 @@ from transformers import AutoConfig
 from llmcad_actors.core.costs import Costs
 from llmcad_actors.core.fallback import Policy
 from llmcad_actors.core.growth import TreeBuilder
+from llmcad_actors.core.rows import PREFIX_ROWS
 from llmcad_actors.core.trace import Recorder
 from llmcad_actors.messages import Grown, Submission, Verdict
-from llmcad_actors.models import linear
+from llmcad_actors.models import linear, vocabulary
 from llmcad_actors.models.families import family_of
 from llmcad_actors.models.kv_cache import TreeCache
 from llmcad_actors.models.loading import reads_model
@@ -31,9 +32,6 @@ from llmcad_actors.models.sound import is_sound, not_finite
 from llmcad_actors.models.stacks import stack_of
 from llmcad_actors.models.target import common_prefix
 from llmcad_actors.models.thin_imports import with_shapes
-
-PREFIX_ROWS = 256
-"""Rows of a prompt that run at once: what they take stays small however long it is."""
 
 
 class DraftModel:
@@ -53,10 +51,11 @@ class DraftModel:
         self._is_widened = linear.widening_pays(dtype)
         if self._is_widened:
             linear.install(torch.nn.ModuleList([self._model]), linear.widened)
+        self._linear: linear.Linear = linear.widened if self._is_widened else torch.nn.functional.linear
         self._base = self._model.base_model
         self._stack = stack_of(self._model, self._model.generation_config.to_dict())
         self._head = self._model.get_output_embeddings()
-        self._logits_bias = getattr(self._model, family.head_bias) if family.head_bias else None  # [1, vocab]
+        self._logits_bias = getattr(self._model, family.head_bias).flatten() if family.head_bias else None
         self._vocab = min(vocab, family.embedding_shape(config)[0])
         self._longest = family.context(config) if family.encoder else None  # what an encoder reads
         self.slots = slots
@@ -123,12 +122,27 @@ class DraftModel:
             )
 
     def _candidates(self, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        logits = self._head(hidden) if self._logits_bias is None else self._head(hidden) + self._logits_bias
-        logits = soft_capped(logits[:, : self._vocab], self._softcap).float()
-        values, tokens = logits.topk(self._children, dim=-1)
+        """Token ids and log-probabilities [rows, children] of the most probable tokens."""
+        found = [self._best_of(hidden, start, end) for start, end in vocabulary.parts(len(hidden), self._vocab)]
+        values, tokens, sums = (
+            found[0] if len(found) == 1 else map(partial(torch.cat, dim=-1), zip(*found, strict=True))
+        )
+        if len(found) > 1:
+            values, order = values.topk(self._children, dim=-1)
+            tokens, sums = tokens.gather(-1, order), sums.logsumexp(dim=-1, keepdim=True)
         if not is_sound(values[:, 0]).all():
             raise not_finite("draft", self._path, self._mask_dtype)
-        return tokens.numpy(), (values - logits.logsumexp(dim=-1, keepdim=True)).numpy()
+        return tokens.numpy(), (values - sums).numpy()
+
+    def _best_of(self, hidden: torch.Tensor, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of a part of the vocabulary: the largest logits [rows, n], their ids, log of the sum of all [rows, 1]."""
+        bias = None if self._head.bias is None else self._head.bias[start:end]
+        logits = self._linear(hidden, self._head.weight[start:end], bias)
+        if self._logits_bias is not None:
+            logits = logits + self._logits_bias[start:end]
+        logits = soft_capped(logits, self._softcap).float()
+        values, tokens = logits.topk(min(self._children, end - start), dim=-1)
+        return values, tokens + start, logits.logsumexp(dim=-1, keepdim=True)
 
 
 class Draft:

@@ -20,7 +20,7 @@ from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError, LlmcadError
 from llmcad_actors.messages import PassStats, Verdict
-from llmcad_actors.models import chunks, linear
+from llmcad_actors.models import chunks, linear, vocabulary
 from llmcad_actors.models.embedding import EmbeddingRows
 from llmcad_actors.models.experts import shapes_with_experts, with_experts
 from llmcad_actors.models.family import Family
@@ -225,8 +225,8 @@ class Target:
         logits = torch.empty(len(hidden), self.layout.embedding.shape[0], dtype=self.dtype)
         for spec in self.layout.head:
             with self._leased(spec.name, spec.tensors) as tensors:
-                part = self._part_of_logits(hidden, spec, tensors)
-                logits[:, spec.row_start : spec.row_start + part.shape[1]] = part
+                for start, part in self._parts_of_logits(hidden, spec, tensors):
+                    logits[:, start : start + part.shape[1]] = part
         return logits
 
     def _choose(self, hidden: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
@@ -235,18 +235,20 @@ class Target:
         choice = torch.zeros(len(hidden), dtype=torch.int64)
         for spec in self.layout.head:
             with self._leased(spec.name, spec.tensors) as tensors:
-                value, index = self._part_of_logits(hidden, spec, tensors).float().max(dim=-1)
-            better = (value > best) | value.isnan()  # once it is no number it stays so
-            best[better], choice[better] = value[better], index[better] + spec.row_start
+                for start, part in self._parts_of_logits(hidden, spec, tensors):
+                    value, index = part.float().max(dim=-1)
+                    better = (value > best) | value.isnan()  # once it is no number it stays so
+                    best[better], choice[better] = value[better], index[better] + start
         return choice.numpy(), is_sound(best)
 
-    def _part_of_logits(
+    def _parts_of_logits(
         self, hidden: torch.Tensor, spec: ShardSpec, tensors: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """Logits [rows, vocabulary slice] of one shard of the head."""
-        weight = tensors[spec.tensors[0].name]
-        bias = None if self._head_bias is None else self._head_bias[spec.row_start : spec.row_start + len(weight)]
-        return soft_capped(self._linear(hidden, weight, bias), self._softcap)
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first id, logits [rows, part of the vocabulary]) of one shard of the head, part by part."""
+        weight, row = tensors[spec.tensors[0].name], spec.row_start
+        for start, end in vocabulary.parts(len(hidden), len(weight)):
+            bias = None if self._head_bias is None else self._head_bias[row + start : row + end]
+            yield row + start, soft_capped(self._linear(hidden, weight[start:end], bias), self._softcap)
 
     def _commit(self, tree: TokenTree, path: Sequence[int], bonus: int, cached: int, pending: int) -> None:
         first_node = cached + pending

@@ -1,7 +1,7 @@
 """Text to ids and back, exactly as transformers' `AutoTokenizer` for the directory does, without importing torch.
 
-A directory whose tokenizer class adds nothing to its tokenizer.json is read by `tokenizers` alone. For any other,
-a process that has torch anyway builds the AutoTokenizer and hands over its backend as JSON (`auto_tokenizer_json`).
+A directory whose tokenizer class adds nothing to its tokenizer.json is read by `tokenizers` alone. For any other, a
+short-lived process builds the AutoTokenizer and hands over its backend as JSON (`tokenizer_child.py`).
 """
 
 import os
@@ -27,25 +27,24 @@ def is_plain(path: Path) -> bool:
     return plain and (path / "tokenizer.json").is_file()
 
 
-def plain_tokenizer(path: Path) -> Tokenizer | None:
-    """The directory's tokenizer.json, where that alone decides the ids; None where transformers has a say."""
-    return read_tokenizer(path) if is_plain(path) else None
+def auto_tokenizer(path: Path) -> Any:
+    """The directory's AutoTokenizer. Imports transformers, and torch where it may be imported.
 
-
-def auto_tokenizer_json(path: Path) -> str:
-    """The backend of the directory's AutoTokenizer, as JSON for `tokenizers`. Imports torch.
-
-    Raises `TokenizerError` when there is none (no tokenizer files, or one written in Python only).
+    Raises `TokenizerError` when there is none (no tokenizer files, or one that transformers cannot load).
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # whatever transformers makes of files that are not as it expects
         raise TokenizerError(
             f"{path} has no tokenizer that transformers can load ({shown(error)}); copy the model's tokenizer files "
             "(tokenizer.json, tokenizer_config.json) into the directory"
         ) from None
+
+
+def backend_json(tokenizer: Any, path: Path) -> str:
+    """The backend of a directory's AutoTokenizer, as JSON for `tokenizers`. Raises `TokenizerError` without one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise TokenizerError(f"{path}: the tokenizer has no fast version; save one with `save_pretrained` first")
@@ -72,16 +71,6 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise
     except Exception as error:  # `tokenizers` raises bare Exception
         raise TokenizerError(f"{shown(file)} cannot be read as a tokenizer ({shown(error)}); copy it again") from None
-
-
-def check_same_vocabulary(target: Path, draft: Path) -> None:
-    """Raises `TokenizerError` with the first difference when two tokenizers give other ids.
-
-    Padded vocabularies of different size are fine: what counts is that every token has the same id in both.
-    """
-    if not all(os.path.lexists(path / "tokenizer.json") for path in (target, draft)):
-        return  # compared by the process that loads the AutoTokenizers
-    check_same_tokens(vocabulary(read_tokenizer(target)), vocabulary(read_tokenizer(draft)))
 
 
 def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:

@@ -12,7 +12,15 @@ from llmcad_actors.actors.library_pages import clean_code
 from llmcad_actors.actors.memory import by_group
 from llmcad_actors.core.budget import EMBEDDING_CACHE_BYTES
 from llmcad_actors.engine import Engine
-from llmcad_actors.footprint import DAEMONS, MB, THIN_PROCESSES, TORCH_PROCESS, WHOLE_TORCH_PROCESS, overhead_bytes
+from llmcad_actors.footprint import (
+    DAEMONS,
+    MB,
+    THIN_PROCESSES,
+    TORCH_PROCESS,
+    WHOLE_TORCH_PROCESS,
+    draft_activation_bytes,
+    overhead_bytes,
+)
 from llmcad_actors.models import thin_imports
 from llmcad_actors.planning import Prepared
 from tests.actors.engines import good_draft
@@ -45,8 +53,11 @@ def test_the_thin_processes_take_what_the_plan_counts(use: dict[str, int]) -> No
 
 def test_the_torch_processes_take_what_the_plan_counts(use: dict[str, int], job: Prepared) -> None:
     parts = dict(job.memory.rows())
-    draft = parts["draft weights"] + parts["draft cache"]
+    assert job.draft is not None
+    stepping = draft_activation_bytes(job.draft, job.config, job.context)
+    draft = parts["draft weights"] + parts["draft cache"] + stepping
     verifier = sum(parts[part] for part in ("target, always resident", "target cache", "activations", "pinned shards"))
+    verifier -= stepping
     assert TORCH_PROCESS // 2 < use["draft"] <= TORCH_PROCESS + draft
     assert TORCH_PROCESS // 2 < use["verifier"] <= TORCH_PROCESS + verifier + EMBEDDING_CACHE_BYTES
 

@@ -1,13 +1,16 @@
 """Pinned shards are given up and taken back in the middle of a generation, and the output stays the same."""
 
 import json
+import mmap
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,6 +19,7 @@ from llmcad_actors import Engine
 from llmcad_actors.actors.calls import fetch
 from llmcad_actors.actors.guard import Guard
 from llmcad_actors.actors.memory import process_pss
+from llmcad_actors.core.budget import format_size
 from llmcad_actors.limits import FreeMemory
 from tests.actors.engines import MB, job, processes_of
 from tests.plain import Plain, encode
@@ -127,6 +131,40 @@ def test_the_guard_gives_up_what_is_short_and_takes_it_back_some_passes_later(en
     assert counts == sorted(counts)
     assert counts[-1] == len(sizes)
     assert guard.num_shed == len(sizes) - held
+
+
+def test_the_guard_says_whether_it_can_still_help(engine: Engine) -> None:
+    """Memory above the cap is not complained of while shards are on their way out."""
+    sizes = [spec.nbytes for spec in engine.prepared.layout.shards if spec.name in engine.prepared.memory.pinned]
+    guard = Guard(engine._actors.verifier, sizes, cap_bytes=1 << 30, free=lambda: ROOMY)
+    assert not guard.look(0)
+    assert guard.look(1 << 31)
+    while guard._order is not None and guard._held:
+        ray.wait([guard._order], timeout=WAIT_S)
+        helps = guard.look(1 << 31)
+    assert not helps
+    keep(engine, pinned(engine))
+    engine.generate(PROMPT, max_new_tokens=2)
+    assert keep(engine, pinned(engine)) == pinned(engine)
+
+
+def test_memory_above_the_cap_is_said_at_once_and_counted_in_that_request(
+    engine: Engine, expected: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The caller's own process grows; nobody gives anything up (the orders are the tests')."""
+    cap = engine.prepared.memory.cap_bytes
+    assert engine.generate(PROMPT, max_new_tokens=COUNT).stats.cap_exceeded_bytes == 0
+    with mmap.mmap(-1, cap - engine._watcher.sample() + 64 * MB) as hog:
+        hog.write(bytes(len(hog)))
+        give_up = time.monotonic() + WAIT_S
+        while not caplog.messages and time.monotonic() < give_up:
+            time.sleep(0.05)
+        result = engine.generate(PROMPT, max_new_tokens=COUNT)
+    assert f"is above the cap of {format_size(cap)} by " in caplog.messages[0]
+    assert 32 * MB < result.stats.cap_exceeded_bytes < 128 * MB
+    assert result.token_ids == expected
+    engine._watcher.sample()
+    assert engine.generate(PROMPT, max_new_tokens=COUNT).stats.cap_exceeded_bytes == 0
 
 
 EATER = """

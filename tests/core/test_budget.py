@@ -27,14 +27,14 @@ shards = st.lists(st.integers(1, 800 * MB), min_size=1, max_size=40) | st.tuples
 
 @st.composite
 def budgets(draw: st.DrawFn) -> BudgetInputs:
-    overhead, weights, kv, resident, target_kv, activations = (draw(sizes) for _ in range(6))
+    overhead, weights, kv, resident, target_kv, activations, tokenizer = (draw(sizes) for _ in range(7))
     parts = tuple(Shard(f"s{i}", size, size + 4096, min(size, 32 * MB)) for i, size in enumerate(draw(shards)))
-    return BudgetInputs(overhead, weights, kv, resident, target_kv, activations, parts)
+    return BudgetInputs(overhead, weights, kv, resident, target_kv, activations, parts, tokenizer)
 
 
-def inputs_of(*shard_sizes: int) -> BudgetInputs:
+def inputs_of(*shard_sizes: int, tokenizer: int = 0) -> BudgetInputs:
     named = tuple(Shard(f"s{i}", size * MB, size * MB, 10 * MB) for i, size in enumerate(shard_sizes))
-    return BudgetInputs(300 * MB, 100 * MB, 20 * MB, 1 * MB, 30 * MB, 40 * MB, named)
+    return BudgetInputs(300 * MB, 100 * MB, 20 * MB, 1 * MB, 30 * MB, 40 * MB, named, tokenizer)
 
 
 def by_part(split: MemoryPlan) -> dict[str, int]:
@@ -106,9 +106,10 @@ def test_everything_is_pinned_when_everything_fits(inputs: BudgetInputs) -> None
 
 
 def test_each_part_is_what_was_said() -> None:
-    split = plan(inputs_of(50, 50, 50, 50), 670 * MB + STORE_SLACK_BYTES)
+    split = plan(inputs_of(50, 50, 50, 50, tokenizer=90 * MB), 760 * MB + STORE_SLACK_BYTES)
     assert by_part(split) == {
         "runtime": 300 * MB,
+        "tokenizer": 90 * MB,
         "draft weights": 100 * MB,
         "draft cache": 20 * MB,
         "target, always resident": 1 * MB,

@@ -26,6 +26,7 @@ SCHEMA = [
     "window_bytes",
     "spilled_bytes",
     "shed_shards",
+    "cap_exceeded_bytes",
 ]
 
 

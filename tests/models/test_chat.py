@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from llmcad_actors.errors import TokenizerError
-from llmcad_actors.models.chat import auto_special_tokens, read_chat_template
+from llmcad_actors.models.chat import read_chat_template
 from llmcad_actors.models.chat_template import render_template
-from llmcad_actors.models.tokenizer import auto_tokenizer_json, is_plain, read_tokenizer
+from llmcad_actors.models.tokenizer import is_plain, read_tokenizer
+from llmcad_actors.tokenizer_child import load_tokenizer
 from tests.tiny import tiny_llama, with_template
 
 CHATML = """{%- for message in messages %}
@@ -75,8 +75,10 @@ def test_a_class_that_knows_more_tokens_is_asked(tmp_path: Path) -> None:
     )
     template = read_chat_template(folder)
     assert template.render("Hi") != expected
-    assert replace(template, special_tokens=auto_special_tokens(folder)).render("Hi") == expected
-    assert Tokenizer.from_str(auto_tokenizer_json(folder)).encode(expected).ids
+    loaded = load_tokenizer(folder)
+    assert loaded.special_tokens is not None
+    assert replace(template, special_tokens=loaded.special_tokens).render("Hi") == expected
+    assert loaded.tokenizer.encode(expected).ids
 
 
 def test_templates_may_stand_in_the_tokenizers_config(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from llmcad_actors.core.rows import PREFIX_ROWS
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.models.chunks import ChunkedMask
-from llmcad_actors.models.draft import PREFIX_ROWS, DraftModel
+from llmcad_actors.models.draft import DraftModel
 from llmcad_actors.models.masks import SLIDING, Windows
 from tests.fakes import chain, random_trees
 from tests.family_cases import CASES, Case

@@ -16,12 +16,12 @@ from llmcad_actors.errors import TokenizerError
 from llmcad_actors.models.tokenizer import (
     Detokenizer,
     StopStrings,
-    auto_tokenizer_json,
+    auto_tokenizer,
     check_same_tokens,
-    check_same_vocabulary,
-    plain_tokenizer,
+    is_plain,
     read_tokenizer,
 )
+from llmcad_actors.tokenizer_child import check_same_vocabulary, load_tokenizer
 from tests.tiny import byte_tokenizer
 
 # Text of every kind: code, scripts of one to four bytes a character, marks that join, the special token itself.
@@ -33,9 +33,7 @@ texts = st.text(max_size=40) | st.lists(
 
 @cache
 def bundled() -> Tokenizer:
-    tokenizer = plain_tokenizer(bundled_target())
-    assert tokenizer is not None
-    return tokenizer
+    return load_tokenizer(bundled_target()).tokenizer
 
 
 @cache
@@ -53,28 +51,30 @@ def auto(path: Path) -> object:
 @pytest.mark.parametrize("path", [bundled_target(), bundled_draft()], ids=["target", "draft"])
 @given(text=texts)
 def test_ids_are_those_of_the_auto_tokenizer(path: Path, text: str) -> None:
-    tokenizer, reference = plain_tokenizer(path), auto(path)
-    assert tokenizer is not None
+    assert is_plain(path)
+    tokenizer, reference = read_tokenizer(path), auto(path)
     assert callable(reference)
     assert tokenizer.encode(text).ids == reference(text)["input_ids"]
 
 
 def test_a_class_that_may_add_something_is_left_to_transformers(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path)
-    assert plain_tokenizer(tmp_path) is not None
+    assert load_tokenizer(tmp_path).special_tokens is None
     config = tmp_path / "tokenizer_config.json"
     settings = json.loads(config.read_text())
     for change in ({"tokenizer_class": "LlamaTokenizer"}, {"add_bos_token": True}):
         config.write_text(json.dumps(settings | change))
-        assert plain_tokenizer(tmp_path) is None
-    config.write_text(json.dumps(settings))
-    handed_over = Tokenizer.from_str(auto_tokenizer_json(tmp_path))
-    assert handed_over.encode("añ").ids == byte_level().encode("añ").ids
+        assert not is_plain(tmp_path)
+    handed_over = load_tokenizer(tmp_path)
+    assert handed_over.tokenizer.encode("añ").ids == byte_level().encode("añ").ids
+    assert handed_over.special_tokens == {"bos_token": "<|end|>", "eos_token": "<|end|>"}
 
 
 def test_a_directory_without_a_usable_tokenizer_says_so(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="has no tokenizer that transformers can load"):
-        auto_tokenizer_json(tmp_path)
+        auto_tokenizer(tmp_path)
+    with pytest.raises(TokenizerError, match="has no tokenizer that transformers can load"):
+        load_tokenizer(tmp_path)
     with pytest.raises(TokenizerError, match=r"has no tokenizer\.json"):
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -82,7 +82,7 @@ def test_a_directory_without_a_usable_tokenizer_says_so(tmp_path: Path) -> None:
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"tokenizer_config\.json cannot be read as JSON"):
-        plain_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("tokenizer", [bundled, byte_level], ids=["bundled", "bytes"])
@@ -209,5 +209,5 @@ def test_the_files_own_cutting_and_filling_is_for_training(tmp_path: Path) -> No
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
     expected = AutoTokenizer.from_pretrained(tmp_path)("some text")["input_ids"]
     assert len(expected) == 9
-    for tokenizer in (read_tokenizer(tmp_path), Tokenizer.from_str(auto_tokenizer_json(tmp_path))):
+    for tokenizer in (read_tokenizer(tmp_path), load_tokenizer(tmp_path).tokenizer):
         assert tokenizer.encode("some text").ids == expected
