@@ -60,6 +60,10 @@ class StatusLine:
         """Provisional text, shown until the next accepted text replaces it."""
         self._terminal.guess(text)
 
+    def warn(self, text: str) -> None:
+        """Say on standard error, from any thread, what the user should know now. No line of the text is broken."""
+        self._terminal.warn(f"llmcad: {text}")
+
     def end(self) -> None:
         """Leave the text, its last line ended, and nothing else."""
         self._terminal.end()

@@ -20,7 +20,7 @@ import threading
 from typing import TextIO
 
 from llmcad_actors import output
-from llmcad_actors.columns import TAB, Column, fit, fit_parts, visible, widths
+from llmcad_actors.columns import BAR, TAB, Column, fit, fit_parts, visible, widths
 
 LEAST_WIDTH, LEAST_HEIGHT = 10, 2
 USUAL_SIZE = (80, 24)  # of a terminal that does not tell
@@ -29,7 +29,8 @@ MAKE_ROOM = f"{ESC}D{ESC}[A"  # down, scrolling at the bottom, and up again: the
 SAVE, RESTORE = f"{ESC}7", f"{ESC}8"
 DOWN = f"{ESC}[B\r"
 ERASE_LINE, ERASE_BELOW = f"{ESC}[K", f"{ESC}[J"  # from the cursor on; also what is below
-DIM, GUESSED, STRONG, PLAIN = f"{ESC}[2m", f"{ESC}[2;3m", f"{ESC}[1m", f"{ESC}[0m"
+DIM, GUESSED, STRONG, YELLOW = f"{ESC}[2m", f"{ESC}[2;3m", f"{ESC}[1m", f"{ESC}[33m"
+PLAIN = f"{ESC}[0m"
 REAL_DEVICE = 0x80045432  # TIOCGDEV: /dev/tty has a number of its own
 
 
@@ -41,10 +42,11 @@ class Terminal:
         self._draws = draws and is_terminal(sys.stderr) and os.environ.get("TERM", "dumb") != "dumb"
         self._has_styles = not os.environ.get("NO_COLOR")
         self._is_shown = is_terminal(sys.stdout)
-        self._is_here = self._draws and self._is_shown and device(sys.stdout) == device(sys.stderr)
+        self._is_here = self._is_shown and is_terminal(sys.stderr) and device(sys.stdout) == device(sys.stderr)
         self._lock = threading.RLock()
-        self._column = Column(size_of(sys.stderr)[0] if self._draws else 1)
+        self._column = Column(size_of(sys.stderr)[0])
         self._status, self._guess = "", ""
+        self._warnings: list[str] = []  # not told yet
         self._is_drawn = self._is_below = False
         self._is_line_open = False  # of standard output
 
@@ -56,7 +58,7 @@ class Terminal:
     @property
     def shows_guesses(self) -> bool:
         """Whether a guess can be told from the text: without styles, or on another terminal, it cannot."""
-        return self._is_here and self._has_styles
+        return self._draws and self._is_here and self._has_styles
 
     def write(self, text: str) -> None:
         """Accepted text. Raises as `output.write` does."""
@@ -67,6 +69,7 @@ class Terminal:
             output.write(shown)
             self._is_line_open = not shown.endswith("\n") if shown else self._is_line_open
             self._follow(shown)
+            self._tell()
             self._draw()
 
     def lead(self, text: str) -> None:
@@ -74,7 +77,7 @@ class Terminal:
         with self._lock:
             self._erase()
             shown = visible(text) if is_terminal(sys.stderr) else text
-            self._put(self._styled(STRONG, shown) if self._draws else shown)
+            self._put(self._styled(STRONG, shown))
             self._follow(shown)
             if not self._is_here and not shown.endswith("\n"):
                 self._put("\n")
@@ -91,8 +94,15 @@ class Terminal:
             self._status = " ".join(status.split())
             self._draw()
 
+    def warn(self, text: str) -> None:
+        """A line on standard error that stays: at once, or in the status line until the text's own line has ended."""
+        with self._lock:
+            self._warnings.append(" ".join(text.split()))
+            self._tell()
+            self._draw()
+
     def end(self) -> None:
-        """Leave the text, its last line ended, and nothing else. More may follow."""
+        """Leave the text, its last line ended, and warnings, and nothing else. More may follow."""
         with self._lock:
             self._status = self._guess = ""
             self._erase()
@@ -101,6 +111,13 @@ class Terminal:
             elif not self._column.is_line_start:
                 self._put("\n")
                 self._follow("\n")
+                self._tell()
+
+    def _tell(self) -> None:
+        if self._warnings and self._column.is_line_start:
+            self._erase()
+            self._put("".join(f"{self._styled(YELLOW, visible(text))}\n" for text in self._warnings))
+            self._warnings.clear()
 
     def _follow(self, shown: str) -> None:
         if self._is_here:
@@ -113,9 +130,10 @@ class Terminal:
         if width != self._column.width:
             self._column = self._column.resized(width)
             self._erase()
-        if not (self._status or self._guess) or width < LEAST_WIDTH or height < LEAST_HEIGHT:
+        line = BAR.join(part for part in (*self._warnings, self._status) if part)
+        if not (line or self._guess) or width < LEAST_WIDTH or height < LEAST_HEIGHT:
             return self._erase()
-        guess, status = self._fitting_guess(), self._styled(DIM, fit_parts(visible(self._status), width - 1))
+        guess, status = self._fitting_guess(), self._styled(DIM, fit_parts(visible(line), width - 1))
         if self._column.is_line_start and not guess:
             if self._is_below:
                 self._erase()
@@ -148,7 +166,7 @@ class Terminal:
         return fit((at + line).expandtabs(TAB)[len(at) :], self._column.room)
 
     def _styled(self, style: str, text: str) -> str:
-        return f"{style}{text}{PLAIN}" if text and self._has_styles else text
+        return f"{style}{text}{PLAIN}" if text and self._has_styles and self._draws else text
 
     def _put(self, text: str) -> None:
         """To standard error; a terminal that has gone is not drawn on any more."""
@@ -176,10 +194,10 @@ def device(stream: TextIO) -> int:
         return os.fstat(stream.fileno()).st_rdev
 
 
-def size_of(stream: TextIO) -> tuple[int, int]:
-    """Columns and lines of a terminal, as they are now."""
+def size_of(stream: TextIO | None) -> tuple[int, int]:
+    """Columns and lines of a terminal, as they are now; usual ones of what is none."""
     try:
-        width, height = os.get_terminal_size(stream.fileno())
+        width, height = os.get_terminal_size(stream.fileno()) if stream else USUAL_SIZE
     except (OSError, ValueError):
         return USUAL_SIZE
     return (width or USUAL_SIZE[0], height or USUAL_SIZE[1])

@@ -275,6 +275,16 @@ def test_a_closed_standard_output_is_an_error(job: Prepared) -> None:
     assert (done.returncode, done.stderr) == (2, "llmcad: cannot write to standard output: it is closed\n")
 
 
+def test_a_closed_standard_error_costs_nothing_but_what_is_said_there(job: Prepared) -> None:
+    with redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", None)  # as Python has it where file 2 is closed
+        with StatusLine() as line:
+            line.warn("nobody hears this")
+            account = Account(job, as_json=False)
+            generate(cast(Engine, RecordedEngine(PIECES)), line, account, PROMPT, as_json=False, quiet=False)
+    assert out.getvalue() == "Once upon a time\n"
+
+
 class Run:
     """A shell command at a terminal of its own."""
 
@@ -342,7 +352,7 @@ def test_a_pipe_that_is_closed_ends_a_run_quietly(job: Prepared) -> None:
 
 
 def test_the_demo_shows_prompt_figures_and_verdict_beside_its_text(tmp_path: Path) -> None:
-    options = ("--size", "80MB", "--memory", "1.3GB", "--max-new-tokens", "12", "--plain-tokens", "3")
+    options = ("--size", "40MB", "--memory", "1.3GB", "--max-new-tokens", "12", "--plain-tokens", "3")
     script = 'out=$1; shift; LLMCAD_CACHE="$out.cache" "$@" > "$out"'
     run = Run(script, str(tmp_path / "out"), *LLMCAD, "demo", "--prompt", "def read_lines(path):\n    ", *options)
     with run.pty:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -222,6 +223,45 @@ def test_what_the_text_goes_on_from_stands_right_before_it_and_is_not_on_standar
         terminal.end()
         pty.take()
         assert pty.screen.text() == "def f(x):\n    return x"
+
+
+def test_a_warning_breaks_no_line_of_the_text_and_is_shown_at_once() -> None:
+    with Pty(30, 8) as pty, on_one_terminal(pty) as terminal:
+        terminal.say("status")
+        terminal.write("one line")
+        terminal.warn("too much\nmemory")
+        pty.take()
+        assert pty.screen.rows()[:2] == ["one line", "too much memory | status"]
+        terminal.write(" ends\n")
+        pty.take()
+        assert pty.screen.rows()[:3] == ["one line ends", "too much memory", "status"]
+        terminal.write("the next")
+        terminal.warn("more")
+        terminal.end()
+        pty.take()
+        assert pty.screen.text() == "one line ends\ntoo much memory\nthe next\nmore"
+
+
+@pytest.mark.parametrize("draws", [True, False])
+def test_a_warning_is_a_plain_line_where_nothing_is_drawn(draws: bool, tmp_path: Path) -> None:
+    with Pty(30, 8) as pty, (tmp_path / "err").open("w") as err, redirect_stdout(pty.stream), redirect_stderr(err):
+        terminal = Terminal(draws=draws)
+        terminal.write("text")
+        terminal.warn("too much memory")
+        assert (tmp_path / "err").read_text() == "too much memory\n"
+        terminal.end()
+        pty.take()
+        assert pty.received == b"text\r\n"
+
+
+def test_a_warning_waits_for_the_end_of_a_line_where_nothing_is_drawn_beside_the_text() -> None:
+    with Pty(30, 8) as pty, on_one_terminal(pty):
+        terminal = Terminal(draws=False)
+        terminal.write("text")
+        terminal.warn("too much memory")
+        terminal.write(" ends\n")
+        pty.take()
+        assert pty.received == b"text ends\r\ntoo much memory\r\n"
 
 
 def test_control_characters_of_a_text_do_not_steer_the_terminal() -> None:
