@@ -352,7 +352,7 @@ def test_a_pipe_that_is_closed_ends_a_run_quietly(job: Prepared) -> None:
 
 
 def test_the_demo_shows_prompt_figures_and_verdict_beside_its_text(tmp_path: Path) -> None:
-    options = ("--size", "40MB", "--memory", "1.3GB", "--max-new-tokens", "12", "--plain-tokens", "3")
+    options = ("--size", "80MB", "--memory", "1.3GB", "--max-new-tokens", "12", "--plain-tokens", "3")
     script = 'out=$1; shift; LLMCAD_CACHE="$out.cache" "$@" > "$out"'
     run = Run(script, str(tmp_path / "out"), *LLMCAD, "demo", "--prompt", "def read_lines(path):\n    ", *options)
     with run.pty:
