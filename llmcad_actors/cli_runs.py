@@ -52,7 +52,7 @@ def running(job: Prepared, *, as_json: bool, quiet: bool) -> Iterator[tuple[Engi
     with (
         account.guarded(),  # its start
         StatusLine(draws=not quiet) as line,
-        Engine.start(job, say=line.say, count_caller=True) as engine,
+        Engine.start(job, say=line.say, warn=line.warn, count_caller=True) as engine,
         account.guarded(),  # the request: written before the engine is closed, which may take a while or break too
     ):
         yield engine, line, account

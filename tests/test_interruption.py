@@ -20,7 +20,8 @@ DEADLINE_S = 60.0
 COMMAND = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore it
-from llmcad_actors import cli, command
+from llmcad_actors import cli, command, interruption
+interruption.PATIENCE_S = float(sys.argv.pop(1))
 
 @cli.app.command()
 @cli.reports_errors
@@ -40,7 +41,7 @@ command.main()
 """
 
 WITH_RAY = """
-import signal, time
+import signal, sys, time
 from llmcad_actors.interruption import exit_code, interruptible
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with interruptible():
@@ -51,6 +52,10 @@ with interruptible():
         print("starting", flush=True)
         init(**settings)
     ray.init = slow
+    def connected():
+        print("connected", flush=True)
+        time.sleep(float(sys.argv[1]))
+    ray._private.worker._post_init_hooks.append(connected)
     local = LocalRay(80_000_000)
     try:
         print("started", flush=True)
@@ -62,10 +67,13 @@ raise SystemExit(exit_code())
 
 
 @contextmanager
-def command(*arguments: str) -> Iterator[tuple["subprocess.Popen[str]", psutil.Process]]:
+def command(*arguments: str, patience_s: str = "1000") -> Iterator[tuple["subprocess.Popen[str]", psutil.Process]]:
     """The command that waits, and the process that it started."""
     with subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", COMMAND, patience_s, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         try:
             assert process.stdout is not None
@@ -98,10 +106,21 @@ def test_the_second_signal_ends_everything_at_once(tmp_path: Path) -> None:
         assert becomes_true(lambda: is_gone(child))
 
 
-@pytest.mark.parametrize("moment", ["starting", "started"])
+def test_closing_that_takes_too_long_is_not_waited_for() -> None:
+    with command("--no-closes", patience_s="0.1") as (process, child):
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == 128 + signal.SIGINT
+        assert becomes_true(lambda: is_gone(child))
+
+
+@pytest.mark.parametrize("moment", ["starting", "connected", "started"])
 def test_sigterm_leaves_nothing_of_ray_and_nothing_on_the_screen(moment: str) -> None:
     """Ray's own handlers would print a C++ stack and abort."""
-    with tempfile.TemporaryFile("w+") as err, driver("-c", WITH_RAY, stderr=err) as running:
+    with (
+        tempfile.TemporaryFile("w+") as err,
+        driver("-c", WITH_RAY, "600" if moment == "connected" else "0", stderr=err) as running,
+    ):
         while running.stdout.readline() != f"{moment}\n":
             assert running.process.poll() is None
         os.kill(running.process.pid, signal.SIGTERM)

@@ -46,7 +46,6 @@ ENVIRONMENT: dict[str, str | None] = {
     "RAY_enable_metrics_collection": "0",
     "RAY_enable_pipe_based_agent_to_parent_health_check": "1",  # an idle agent ends when its standard input does
     "RAY_start_python_gc_manager_thread": "0",  # it collects garbage for 0.2 s whenever the store is well used
-    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it prints C++ stacks on standard error; Python has one of its own
     "RAY_AUTH_MODE": "token",  # whatever Ray's default, or the caller's
     "RAY_AUTH_TOKEN_PATH": None,
     "RAY_ENABLE_K8S_TOKEN_AUTH": None,
@@ -57,6 +56,11 @@ ENVIRONMENT: dict[str, str | None] = {
     "MALLOC_MMAP_THRESHOLD_": "8388608",
     "MALLOC_TRIM_THRESHOLD_": "16777216",
     "PYTHONWARNINGS": "ignore",
+}
+CONSTANTS = {  # which Ray has read from the environment when it was imported
+    "ENABLE_RAY_CLUSTER": False,  # it takes 127.0.0.1 for the machine's address then, and listens there alone
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": True,  # of the caller's process: it prints C++ stacks on standard error
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": False,  # under `uv run` a runtime environment would be made
 }
 LOOPBACK = "127.0.0.1"
 IDLE_AGENTS = ("dashboard_agent", "runtime_env_agent")  # the raylet ends without them; nobody here calls them
@@ -110,7 +114,7 @@ class LocalRay:
     def _start(self, store_bytes: int, folder: Path, log: RayLog) -> None:
         run = {"RAY_AUTH_TOKEN": secrets.token_hex(32), VARIABLE: str(log.path)}
         self._end.callback(_read_environment)  # as it will be then: the caller's
-        with environment(ENVIRONMENT | run), loopback_only(), idle_agents(), uninterrupted(is_start=True):
+        with environment(ENVIRONMENT | run), constants(CONSTANTS), idle_agents(), uninterrupted(is_start=True):
             _read_environment()
             self._end.callback(_shut_down)
             self._end.callback(log.end)
@@ -211,26 +215,22 @@ def _read_environment() -> None:
 
 
 @contextmanager
-def loopback_only() -> Iterator[None]:
-    """A Ray that starts inside the block takes 127.0.0.1 for the machine's address, and listens there alone.
-
-    Asked for that address otherwise, it takes the machine's own instead, and listens on all interfaces.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
+def constants(values: Mapping[str, object]) -> Iterator[None]:
+    """Ray's constants have these values inside the block."""
+    before = {name: getattr(ray_constants, name) for name in values}
+    for name, value in values.items():
+        setattr(ray_constants, name, value)
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        for name, value in before.items():
+            setattr(ray_constants, name, value)
 
 
 @contextmanager
 def idle_agents() -> Iterator[None]:
     """Inside the block, Ray starts `idle_agent.py` for the agents that nobody calls."""
-    build, asks_uv = (
-        services._build_python_executable_command_memory_profileable,
-        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV,
-    )
+    build = services._build_python_executable_command_memory_profileable
 
     def command(component: str, *args: Any, **kwargs: Any) -> list[str]:
         if component in IDLE_AGENTS:
@@ -238,12 +238,10 @@ def idle_agents() -> Iterator[None]:
         return list(build(component, *args, **kwargs))
 
     services._build_python_executable_command_memory_profileable = command
-    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False  # under `uv run` a runtime environment would be made
     try:
         yield
     finally:
         services._build_python_executable_command_memory_profileable = build
-        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = asks_uv
 
 
 @contextmanager
