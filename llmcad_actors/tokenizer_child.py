@@ -33,8 +33,12 @@ from llmcad_actors.models.tokenizer import (
 
 TIMEOUT_S = 300.0
 FILE = "tokenizer.json"
-SMALL_BYTES = 100_000
-MOST_PER_BYTE = 32  # of memory, of a file; measured: 3 to 26
+SMALL_BYTES = 1 << 20
+"""A file of so much is not worth a process: it is loaded, or counted, where it is needed."""
+
+MOST_PER_BYTE = 26
+"""Of memory, of a tokenizer's file: Unigram, 32,000 entries."""
+
 SOURCES = ("tokenizer*", "vocab*", "*.spm", "*.tiktoken", "spiece.model", "sentencepiece*")
 """Files that transformers makes a tokenizer from."""
 
@@ -63,14 +67,11 @@ def has_tokenizer(path: Path) -> bool:
 def tokenizer_memory(path: Path) -> TokenizerMemory:
     """What loading the directory's tokenizer will take here; nothing where there is none.
 
-    Measured, not guessed: bytes per byte of the file run from 3 (BPE, indented JSON) to 26 (Unigram). Only a small
-    file is taken for the worst. Raises `TokenizerError` for one that cannot be loaded.
+    A large one is measured: bytes per byte of the file run from 3 (BPE, indented JSON) to 26 (Unigram). A small one
+    is taken for the dearest kind. Raises `TokenizerError` for a large one that cannot be loaded.
     """
-    if not has_tokenizer(path):
-        return TokenizerMemory(0, 0)
-    file = path / FILE
-    if file.is_file() and (size := file.stat().st_size) <= SMALL_BYTES:
-        read_tokenizer(path)
+    size = _size(path)
+    if size <= SMALL_BYTES:
         return TokenizerMemory(MOST_PER_BYTE * size, MOST_PER_BYTE * size)
     return _measured(str(path.resolve()), _identity(path))
 
@@ -84,7 +85,9 @@ def check_same_vocabulary(target: Path, draft: Path) -> None:
     one, other = target / FILE, draft / FILE
     if one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False):
         return
-    if has_tokenizer(target) and has_tokenizer(draft):
+    if one.is_file() and other.is_file() and max(_size(target), _size(draft)) <= SMALL_BYTES:
+        check_same_tokens(vocabulary(read_tokenizer(target)), vocabulary(read_tokenizer(draft)))
+    elif has_tokenizer(target) and has_tokenizer(draft):
         _ask("difference", str(target), str(draft))
 
 
@@ -105,6 +108,12 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)
+
+
+def _size(path: Path) -> int:
+    """Bytes of what the directory's tokenizer is made from; 0 where there is none."""
+    sizes = {name: size for name, size, _ in _identity(path)}
+    return sizes.get(FILE, sum(sizes.values()))
 
 
 def _identity(path: Path) -> tuple[tuple[str, int, int], ...]:

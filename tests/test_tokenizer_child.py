@@ -13,7 +13,13 @@ from llmcad_actors.errors import TokenizerError
 from llmcad_actors.footprint import CALLER, tokenizer_bytes
 from llmcad_actors.planning import Prepared, prepare
 from llmcad_actors.storage.checkpoint import Checkpoint
-from llmcad_actors.tokenizer_child import check_same_vocabulary, has_tokenizer, tokenizer_memory
+from llmcad_actors.tokenizer_child import (
+    SMALL_BYTES,
+    check_same_vocabulary,
+    has_tokenizer,
+    load_tokenizer,
+    tokenizer_memory,
+)
 from tests.large_vocabularies import large_bpe, large_unigram, with_tokenizer
 from tests.tiny import byte_tokenizer, tiny_llama
 
@@ -120,6 +126,7 @@ def prepared(target: Path, draft: Path | None = None) -> Prepared:
 def test_the_plan_counts_the_tokenizer(folders: dict[str, Path], tmp_path: Path) -> None:
     target = tiny_llama(tmp_path, tokenizer_of=folders["unigram"])
     small = prepared(tiny_llama(tmp_path / "small")).memory
+    assert small.tokenizer_bytes < MB
     plan = prepared(target).memory
     assert dict(plan.rows())["tokenizer"] == tokenizer_memory(target).stays > 20 * MB
     assert plan.total_bytes - plan.tokenizer_bytes == small.total_bytes - small.tokenizer_bytes
@@ -136,7 +143,7 @@ def test_a_tokenizer_whose_loading_takes_more_than_all_that_runs_is_counted_so(f
 
 def test_a_broken_tokenizer_is_refused_before_anything_starts(tmp_path: Path) -> None:
     target = tiny_llama(tmp_path / "target")
-    (target / "tokenizer.json").write_text('{"version": "1.0"')
+    (target / "tokenizer.json").write_text('{"version": "1.0"' + " " * SMALL_BYTES)
     with pytest.raises(TokenizerError, match="cannot be read as a tokenizer"):
         prepared(target)
 
@@ -145,11 +152,18 @@ def test_a_tokenizer_that_makes_its_library_panic_is_refused_in_a_line(tmp_path:
     target = tiny_llama(tmp_path / "target")
     content = json.loads((target / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": ""}
-    (target / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(TokenizerError) as caught:
-        prepared(target)
-    assert f"the tokenizer of {target.resolve()} cannot be loaded" in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
+    for padding, use in (("", load_tokenizer), (" " * SMALL_BYTES, tokenizer_memory)):
+        (target / "tokenizer.json").write_text(json.dumps(content) + padding)
+        with pytest.raises(TokenizerError, match=r"cannot be read as a tokenizer .*charsmap") as caught:
+            use(target)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "compact bpe"])
+def test_a_small_tokenizer_takes_no_more_than_is_counted(tmp_path: Path, kind: str) -> None:
+    folder = with_tokenizer(tmp_path, MAKERS[kind.split()[-1]](4096), pretty=not kind.startswith("compact"))
+    counted, found = tokenizer_memory(folder), growth("load", folder)
+    assert found["stays"] < counted.stays + 3 * MB < 20 * MB  # code of the library, when it first runs
 
 
 def test_without_any_tokenizer_there_is_nothing_to_plan_for(tmp_path: Path) -> None:

@@ -67,9 +67,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
         )
     try:
         return _whole_text(Tokenizer.from_buffer(read_small(file, TOKENIZER_BYTES, TokenizerError)))
-    except TokenizerError:
+    except (TokenizerError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # `tokenizers` raises bare Exception
+    except BaseException as error:  # `tokenizers` raises bare Exception, and panics, which are not even that
         raise TokenizerError(f"{shown(file)} cannot be read as a tokenizer ({shown(error)}); copy it again") from None
 
 
