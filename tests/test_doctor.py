@@ -461,10 +461,10 @@ def test_the_command_checks_a_checkpoint_and_writes_nothing_there(cache: Path, t
     report = json.loads(done.stdout)
     checks = {check["name"]: check for check in report["checks"]}
     assert set(checks) == {
-        *("memory", "swap", "shared memory", "versions", "earlier runs", "Ray"),
+        *("memory", "swap", "shared memory", "versions", "earlier runs", "Ray", "ports"),
         *("direct reads", "disk", "matrix products", "memory copy", "other programs"),
     }
-    assert checks["Ray"]["verdict"] == OK
+    assert checks["Ray"]["verdict"] == checks["ports"]["verdict"] == OK
     assert checks["disk"]["verdict"] == WARNING  # some hundred KB say little
     assert all(check["advice"] for check in checks.values() if check["verdict"] != OK)
     assert report["kept_in"] == str(figures_file())
