@@ -469,11 +469,11 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    settings = EngineConfig(target=str(bundled_target()), draft=str(bundled_draft()), memory="4GB")
+    settings = EngineConfig(target=str(bundled_target()), draft=str(bundled_draft()), memory="4GB", dtype="float32")
     job = prepare(settings)
     least = smallest_cap(budget_inputs(settings, job.target, job.layout, job.draft, job.context), overlaps=True)
     folder, prompt = tmp_path_factory.mktemp("trace"), "def read_lines(path):\n    "
-    with Engine.launch(bundled_target(), bundled_draft(), memory=str(least)) as engine:
+    with Engine.launch(bundled_target(), bundled_draft(), memory=str(least), dtype="float32") as engine:
         fast = engine.generate(prompt, max_new_tokens=24, trace=folder / "fast")
         untraced = engine.generate(prompt, max_new_tokens=24)
         plain = engine.generate(prompt, max_new_tokens=4, speculate=False, trace=folder / "plain")

@@ -12,6 +12,7 @@ _NUMBER = r"(\d{1,15}(?:\.\d{1,15})?|\.\d{1,15})"
 _SIZE = re.compile(_NUMBER + r"\s*([KMGT]I?)?(B)?", re.IGNORECASE)
 _MOST = 1 << 62
 _PERCENT = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*%")
+_SHOWN = 60  # characters of what was given, in a message
 _PLAIN_BYTES = 10**6  # a bare number below it is a size whose unit was forgotten
 
 
@@ -28,7 +29,7 @@ def parse_size(text: str, total: int) -> int:
         size = _bytes_of(text, "a memory size")
     if size < 1:
         raise ConfigError(
-            f"cannot use {quoted(text)} as a memory size: write for example 4GB, 1.5G, 512MiB, "
+            f"cannot use {_shown(text)} as a memory size: write for example 4GB, 1.5G, 512MiB, "
             f"or 75% (of the {format_size(total)} that may be used here)"
         )
     return size
@@ -38,7 +39,7 @@ def parse_file_size(text: str, what: str) -> int:
     """Bytes, as `parse_size`, but for a share of anything. `what` is named in messages. Raises ConfigError."""
     size = _bytes_of(text, what)
     if size < 1:
-        raise ConfigError(f"cannot use {quoted(text)} as {what}: write for example 2.5GB, 800MB or 4GiB")
+        raise ConfigError(f"cannot use {_shown(text)} as {what}: write for example 2.5GB, 800MB or 4GiB")
     return size
 
 
@@ -46,7 +47,7 @@ def parse_rate(text: str) -> float:
     """Bytes per second: a size with "/s" after it or not. Raises ConfigError."""
     size = _bytes_of(text.strip().removesuffix("/s"), "a rate")
     if size < 1:
-        raise ConfigError(f"cannot use {quoted(text)} as a rate: write for example 400MB/s or 1.5GB/s")
+        raise ConfigError(f"cannot use {_shown(text)} as a rate: write for example 400MB/s or 1.5GB/s")
     return float(size)
 
 
@@ -69,8 +70,12 @@ def _bytes_of(text: str, what: str) -> int:
     number, unit, letter = Decimal(match[1]), (match[2] or "").upper(), match[3]
     if number and not unit and not letter and (number < _PLAIN_BYTES or number % 1):
         raise ConfigError(
-            f"cannot use {quoted(text)} as {what}: the unit is missing; write {match[1]}GB, {match[1]}MB "
+            f"cannot use {_shown(text)} as {what}: the unit is missing; write {match[1]}GB, {match[1]}MB "
             f"or, if it is bytes, {match[1]}B"
         )
     size = int(number * _UNITS[unit])
     return size if size <= _MOST else 0
+
+
+def _shown(text: str) -> str:
+    return quoted(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")

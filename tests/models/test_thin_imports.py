@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llmcad_actors import versions
 from llmcad_actors.models import thin_imports
 from tests import encoder_decoder_cases, family_cases
 from tests.encoder_decoder_cases import plain_pair
@@ -137,7 +138,7 @@ def test_a_skeleton_whose_shapes_torch_does_not_know_by_itself_is_built_with_the
 
 def test_an_untested_torch_is_imported_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     assert thin_imports.is_tested()
-    monkeypatch.setattr(thin_imports, "version", lambda name: "2.14.0")
+    monkeypatch.setitem(versions.TESTED, "torch", "2.12")
     assert not thin_imports.is_tested()
 
 
