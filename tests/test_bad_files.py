@@ -22,7 +22,7 @@ from llmcad_actors.models.draft import DraftModel
 from llmcad_actors.models.skeleton import build_skeleton
 from llmcad_actors.planning import prepare
 from llmcad_actors.trace_file import read_trace
-from tests import encoder_decoder_cases
+from tests import encoder_decoder_cases, family_cases
 from tests.fuzz_files import figures
 from tests.tiny import BYTE_VOCAB, tiny_llama
 
@@ -130,6 +130,19 @@ def test_a_value_that_cannot_be(file: str, key: str, value: object, model: Path)
     changed(model / file, **{key: value})
     said = said_by("plan", "--target", str(model), "--memory", "8GB")
     assert key in said or "heads of" in said or "model.layers." in said or "expected" in said or "must be" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("gemma2", "head_dim", 10**9), ("gemma2", "num_key_value_heads", 10**9), ("gpt2", "n_head", 49)],
+)
+def test_heads_that_no_tensor_bears_out(name: str, key: str, value: int, tmp_path: Path) -> None:
+    """Of families whose layers are as they are stored: the cache would take what that number says."""
+    path = family_cases.CASES[name].save(tmp_path / "model")
+    prepare(EngineConfig(target=str(path), memory="8GB"))
+    changed(path / "config.json", **{key: value})
+    with pytest.raises(CheckpointError, match="and no tensor of a layer is that wide"):
+        prepare(EngineConfig(target=str(path), memory="8GB"))
 
 
 def test_ids_that_never_occur_do_no_harm(model: Path) -> None:

@@ -120,6 +120,7 @@ FORGED: dict[str, bytes] = {
     },
     "a list of 4 billion": b"\xdd\xff\xff\xff\xff",
     "lists of 16 million": b"\xdd\x00\xff\xff\xff" * 500,
+    "such lists in an extension": msgpack.packb(msgpack.ExtType(2, b"\xdd\x00\x00\xff\xff" * 500 + b"\xc0" * 70_000)),
     "a text of 4 billion": b"\xdb\xff\xff\xff\xff",
     "a map of 4 billion": b"\xdf\xff\xff\xff\xff",
     "deep lists": b"\x91" * 100_000 + b"\xc0",

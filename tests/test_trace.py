@@ -286,6 +286,7 @@ def test_views_of_what_no_run_makes_end_in_time(tmp_path: Path) -> None:
     spans = tuple(("read", number * 1e-3, 1e3 + number, {"bytes": 1}) for number in range(20_000))
     moments = (*coordinator(chain, (), 1, 1.0, 2.0), *coordinator(EMPTY, (), 1, 2.0, 2.0))
     trace = read_trace(forged(tmp_path / "x", TraceBatch("loader", spans, 0), TraceBatch("coordinator", moments, 0)))
+    assert len(rows_of([event for event in trace.events if event.lane == "loader"])) == 64
     write_chrome(trace, tmp_path / "x.json")
     assert summary(trace)["steady_disk_idle_share"] is None
     with pytest.raises(UserError, match=r"its 3,000 nodes on 3,000 levels are too many to print"):

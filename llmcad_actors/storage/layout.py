@@ -115,7 +115,7 @@ def layout_of(checkpoint: Checkpoint, family: Family | None = None, *, max_shard
 def check_heads(checkpoint: Checkpoint, layout: Layout) -> None:
     """Raises CheckpointError where no tensor is as wide as config.json's keys: the cache would follow that number."""
     heads, width = layout.family.num_kv_heads(checkpoint.config), layout.family.head_dim(checkpoint.config)
-    if heads * width > max(max(info.shape, default=1) for info in layout.layers[0].tensors):
+    if not 0 < heads * width <= max(max(info.shape, default=1) for info in layout.layers[0].tensors):
         raise CheckpointError(
             f"config.json of {shown(checkpoint.path)} says {heads:,} heads of {width:,} for keys and values, and no "
             "tensor of a layer is that wide; weights and config.json do not belong together."
