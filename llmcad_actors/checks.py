@@ -57,13 +57,24 @@ def text(name: str, value: object, words: str = "text") -> str:
     """
     if not isinstance(value, str):
         raise ConfigError(f"{name}: {quoted(value)} must be {words}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"{name}: character {error.start + 1} ({value[error.start]!a}) belongs to no text; was it read as UTF-8?"
-        ) from None
+    check_text(value, name)
     return str.__str__(value)  # not a subclass's own
+
+
+def check_text(text: str, name: str) -> None:
+    """Raises `ConfigError` for what is not text: bytes of another encoding, which Python passes on as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code, before = ord(text[error.start]), text[: error.start]
+        if 0xDC80 <= code <= 0xDCFF:
+            raise not_utf8(name, len(os.fsencode(before)), code - 0xDC00) from None
+        raise ConfigError(f"{name} is not text: U+{code:04X} at character {error.start} is half of a pair") from None
+
+
+def not_utf8(name: str, offset: int, byte: int) -> ConfigError:
+    help_ = "; convert it first, for example with iconv -f LATIN1 -t UTF-8" if "prompt" in name else ""
+    return ConfigError(f"{name} is not UTF-8: byte 0x{byte:02x} at offset {offset} cannot be read{help_}")
 
 
 def path(name: str, value: object, words: str) -> str:

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from llmcad_actors import command, output
 from llmcad_actors.bundled import DEMO
+from llmcad_actors.checks import check_text
 from llmcad_actors.cli_caches import add_cache_commands
 from llmcad_actors.cli_demo import demo_to_plan, made_demo
 from llmcad_actors.cli_examples import epilog
@@ -38,7 +39,7 @@ from llmcad_actors.cli_prompt import STANDARD_INPUT, PromptCommand, prompt_text
 from llmcad_actors.core.sizes import parse_file_size
 from llmcad_actors.errors import LlmcadError
 from llmcad_actors.interruption import exit_code, told_by
-from llmcad_actors.prompt import check_prompt, check_text
+from llmcad_actors.prompt import check_prompt
 from llmcad_actors.shorthand import DEMO_MEMORY
 
 if TYPE_CHECKING:

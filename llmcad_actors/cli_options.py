@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcad_actors.bundled import DEMO
+from llmcad_actors.checks import check_text
 from llmcad_actors.cli_demo import demo_to_run
 from llmcad_actors.cli_notices import tell
 from llmcad_actors.config import BUILDERS, FALLBACKS, READINGS, EngineConfig, read_config
 from llmcad_actors.errors import ConfigError
-from llmcad_actors.prompt import check_text
 from llmcad_actors.shorthand import DEMO_MEMORY, MEMORY, spelled_out
 
 if TYPE_CHECKING:

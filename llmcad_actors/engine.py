@@ -21,11 +21,18 @@ from llmcad_actors.config import EngineConfig, Settings, documents_settings, set
 from llmcad_actors.core.overrun import Overrun
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.disk_settings import meet_disk
-from llmcad_actors.errors import EngineClosedError, LlmcadError, RuntimeFailure, StorageError
+from llmcad_actors.errors import (
+    ActorFailure,
+    DeadlineError,
+    EngineClosedError,
+    LlmcadError,
+    RuntimeFailure,
+    StorageError,
+)
 from llmcad_actors.messages import Event, Failed, Finished, Progress, Provisional, Request, Tokens, pack, unpack
 from llmcad_actors.models.tokenizer import Detokenizer, StopStrings
 from llmcad_actors.planning import Prepared, prepare
-from llmcad_actors.prompt import check_text, room_behind
+from llmcad_actors.prompt import room_behind
 from llmcad_actors.request_options import RequestOptions
 from llmcad_actors.results import Piece, Result, Status
 from llmcad_actors.tokenizer_child import LoadedTokenizer, give_back_memory, load_tokenizer
@@ -282,9 +289,9 @@ class Engine:
                         yield from self._handle(event, detokenizer, stops)
             if tail := stops.feed(detokenizer.flush(), final=True):
                 yield Piece(tail, ())
-        except RuntimeFailure:
-            if tail := stops.feed(detokenizer.flush(), final=True):
-                yield Piece(tail, ())  # accepted, and held back for what would have completed it
+        except (ActorFailure, DeadlineError):
+            if held := stops.feed("", final=True):
+                yield Piece(held, ())  # accepted, and held back for the rest of a stop string
             raise
         finally:
             self._finish(before, shed)
@@ -343,12 +350,10 @@ class Engine:
         )
 
     def _encode(self, prompt: str) -> tuple[int, ...]:
-        check_text(prompt, "the prompt")
         return tuple(self._tokenizer.encode(prompt).ids) or self.prepared.opening()
 
     def _encode_chat(self, message: str) -> tuple[int, ...]:
         """The template brings its own special tokens; the tokenizer adds none."""
-        check_text(message, "the prompt")
         template = self.prepared.chat_template()
         if self._special_tokens is not None:
             template = replace(template, special_tokens=self._special_tokens)

@@ -1,9 +1,9 @@
 """The prompt before anything starts: whether it is text, where it comes from, and whether the model has room for it."""
 
-import os
 import sys
 from typing import TYPE_CHECKING, BinaryIO
 
+from llmcad_actors.checks import not_utf8
 from llmcad_actors.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,22 +17,6 @@ TEMPLATE_TOKENS = 16
 
 CERTAINLY = 1.1
 """A count without transformers is near the true one; so far above what fits, the prompt is too long in any case."""
-
-
-def check_text(text: str, name: str) -> None:
-    """Raises `ConfigError` for what is not text: bytes of another encoding, which Python passes on as surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code, before = ord(text[error.start]), text[: error.start]
-        if 0xDC80 <= code <= 0xDCFF:
-            raise not_utf8(name, len(os.fsencode(before)), code - 0xDC00) from None
-        raise ConfigError(f"{name} is not text: U+{code:04X} at character {error.start} is half of a pair") from None
-
-
-def not_utf8(name: str, offset: int, byte: int) -> ConfigError:
-    help_ = "; convert it first, for example with iconv -f LATIN1 -t UTF-8" if "prompt" in name else ""
-    return ConfigError(f"{name} is not UTF-8: byte 0x{byte:02x} at offset {offset} cannot be read{help_}")
 
 
 def read_standard_input() -> str:

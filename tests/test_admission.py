@@ -161,7 +161,7 @@ from typer.testing import CliRunner
 hog = f"import sys; held = b'x' * {sys.argv[1]}; print('eaten', flush=True); sys.stdin.read()"
 with subprocess.Popen([sys.executable, "-c", hog], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as eater:
     assert eater.stdout.readline() == "eaten\\n"
-    options = ["--target", sys.argv[2], "--memory", "1GB"]
+    options = ["--target", sys.argv[2], "--draft", "none", "--memory", "1GB"]
     for command in (["plan", *options], ["generate", *options, "x"]):
         done = CliRunner().invoke(app, command)
         print(done.exit_code, done.stderr.replace("\\n", " "))

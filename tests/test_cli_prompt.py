@@ -13,11 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from llmcad_actors import engine
+from llmcad_actors.checks import check_text
 from llmcad_actors.cli import app
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.errors import ConfigError
 from llmcad_actors.planning import Prepared, prepare
-from llmcad_actors.prompt import check_prompt, check_text, room_behind
+from llmcad_actors.prompt import check_prompt, room_behind
 from tests.tiny import tiny_llama, with_template
 
 CONTEXT = 512

@@ -249,7 +249,7 @@ def test_a_full_disk_is_one_clear_error(job: Prepared) -> None:
 def test_a_command_that_starts_nothing_meets_a_full_disk_and_a_closed_pipe_alike(
     job: Prepared, options: tuple[str, ...]
 ) -> None:
-    command = [*LLMCAD, "plan", "--target", str(job.target.path), *options]
+    command = [*LLMCAD, "plan", "--draft", "none", "--target", str(job.target.path), *options]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S)
     assert (done.returncode, done.stderr) == (2, "llmcad: cannot write to standard output: No space left on device\n")
@@ -268,7 +268,7 @@ def test_what_an_encoding_lacks_is_a_question_mark() -> None:
 
 
 def test_a_closed_standard_output_is_an_error(job: Prepared) -> None:
-    command = [*LLMCAD, "plan", "--target", str(job.target.path)]
+    command = [*LLMCAD, "plan", "--draft", "none", "--target", str(job.target.path)]
     done = subprocess.run(
         ["bash", "-c", '"$@" >&-', "-", *command], stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S
     )
@@ -343,7 +343,7 @@ def test_an_actor_that_dies_in_the_middle_costs_no_accepted_text(tmp_path: Path)
 
 
 def test_a_pipe_that_is_closed_ends_a_run_quietly(job: Prepared) -> None:
-    words = ("generate", "--target", str(job.target.path), "--memory", "4GB", "--quiet", PROMPT)
+    words = ("generate", "--target", str(job.target.path), "--draft", "none", "--memory", "4GB", "--quiet", PROMPT)
     run = Run('"$@" | head -c 5 >/dev/null; echo "ended with ${PIPESTATUS[0]}"', *LLMCAD, *words)
     with run.pty:
         assert run.end() == 0
@@ -357,7 +357,8 @@ def test_the_demo_shows_prompt_figures_and_verdict_beside_its_text(tmp_path: Pat
     with run.pty:
         assert run.end() == 0, run.pty.screen.text()
         shown = run.pty.screen.text()
-    assert shown.startswith("def read_lines(path):\n")
+    assert shown.startswith("llmcad: the demo's target is made once")
+    assert "\ndef read_lines(path):\n" in shown
     assert "tokens per pass" in shown
     assert re.search(r"Both texts are the same \(3 tokens compared\), and speculation is \d+\.\d times", shown)
     text = (tmp_path / "out").read_text()

@@ -47,6 +47,7 @@ def sizes(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int,
 def t5(width: int, head: int, inner: int, heads: int, vocab: int, **more: object) -> dict[str, Any]:
     """24 layers in each half."""
     layers = {"num_layers": 24, "num_decoder_layers": 24, "num_heads": heads, "vocab_size": vocab}
+    layers["decoder_start_token_id"] = 0
     return {"d_model": width, "d_kv": head, "d_ff": inner, **layers, **more}
 
 
@@ -56,7 +57,8 @@ def bart(width: int, layers: int, heads: int, vocab: int, context: int = 1024, *
         for half in ("encoder", "decoder")
         for key, value in {"layers": layers, "attention_heads": heads, "ffn_dim": 4 * width}.items()
     }
-    return {"d_model": width, "vocab_size": vocab, "max_position_embeddings": context, **halves, **more}
+    start = {"decoder_start_token_id": 2}
+    return {"d_model": width, "vocab_size": vocab, "max_position_embeddings": context, **halves, **start, **more}
 
 
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}

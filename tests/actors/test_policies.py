@@ -132,7 +132,7 @@ def actors(
     local_ray: LocalRay, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Actors]:
     with ExitStack() as stack:
-        yield Actors(local_ray.line, request.param(tmp_path_factory.mktemp("pair")), stack)
+        yield Actors(Line(local_ray.line.log), request.param(tmp_path_factory.mktemp("pair")), stack)
 
 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])

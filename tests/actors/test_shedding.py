@@ -140,7 +140,7 @@ def test_the_guard_says_whether_it_can_still_help(engine: Engine) -> None:
     assert not guard.look(0)
     assert guard.look(1 << 31)
     while guard._order is not None and guard._held:
-        ray.wait([guard._order], timeout=WAIT_S)
+        ray.wait([guard._order._reference], timeout=WAIT_S)
         helps = guard.look(1 << 31)
     assert not helps
     keep(engine, pinned(engine))
