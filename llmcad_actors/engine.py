@@ -290,8 +290,8 @@ class Engine:
             if tail := stops.feed(detokenizer.flush(), final=True):
                 yield Piece(tail, ())
         except (ActorFailure, DeadlineError):
-            if held := stops.feed("", final=True):
-                yield Piece(held, ())  # accepted, and held back for the rest of a stop string
+            if tail := stops.feed(detokenizer.flush(), final=True):
+                yield Piece(tail, ())  # accepted, and held back for what would have completed it
             raise
         finally:
             self._finish(before, shed)

@@ -24,7 +24,7 @@ class RequestOptions:
         provisional: bool = False,
         trace: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.prompt = checks.text("the prompt", prompt)
+        self.prompt = checks.text("prompt", prompt)
         self.max_new_tokens = checks.whole_number("max_new_tokens", max_new_tokens, 1, MOST_TOKENS)
         self.stop = checks.stop_strings("stop", stop)
         self.chat = checks.flag("chat", chat)

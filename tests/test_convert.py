@@ -3,8 +3,10 @@
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import llmcad_actors.convert as module
 from llmcad_actors.convert import convert
-from llmcad_actors.errors import CheckpointError, ConfigError, MemoryCapError, StorageError
+from llmcad_actors.errors import CheckpointError, ConfigError, LlmcadError, MemoryCapError, StorageError
 from llmcad_actors.storage.checkpoint import Checkpoint
+from tests.fuzz_files import spoil_bytes
 from tests.plain import Plain, encode
 from tests.tiny import PROMPTS, byte_tokenizer, tiny_llama
 
@@ -172,6 +175,34 @@ def test_a_damaged_pickle_is_refused(tmp_path: Path, cut: int) -> None:
     file.write_bytes(file.read_bytes()[:-cut] if cut > 4 else b"junk")
     with pytest.raises(CheckpointError, match="is damaged"):
         convert(source, tmp_path / "out")
+
+
+def test_what_a_pickle_says_is_borne_out_by_its_bytes(tmp_path: Path) -> None:
+    """One stored number is not a billion, and no part is larger than the file."""
+    folder, _ = pickled(tmp_path)
+    file = folder / "pytorch_model.bin"
+    save(folder, {"model.embed_tokens.weight": torch.zeros(1).expand(10**9, 2)})
+    with pytest.raises(CheckpointError, match=r"tensor model\.embed_tokens\.weight is larger than what is stored"):
+        convert(folder, tmp_path / "out")
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(50_000_000))
+    with pytest.raises(CheckpointError, match="its parts are compressed"):
+        convert(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_spoilt_pickle_is_refused_or_read(tmp_path: Path, seed: int) -> None:
+    """Whatever unpickling raises."""
+    rng, file = random.Random(seed), tmp_path / "pytorch_model.bin"
+    byte_tokenizer().save_pretrained(tmp_path)
+    save(tmp_path, {f"h.{i}.weight": torch.ones(3, i) for i in range(5)}, old=seed % 2 == 1)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    data = file.read_bytes()
+    for _ in range(3):
+        data = spoil_bytes(rng, data, 400)
+    file.write_bytes(data)
+    with pytest.raises(LlmcadError):  # it is no whole model either
+        convert(tmp_path, tmp_path / "out")
 
 
 def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:

@@ -325,9 +325,8 @@ def test_another_programs_computing_is_seen_and_our_own_is_not() -> None:
         other.kill()
     assert seen is not None and seen > 0
     counted = LoadWatch()._own_s()
-    subprocess.run(
-        [sys.executable, "-c", SPINNER.replace("monotonic", "process_time").replace("60", "0.5")], check=True
-    )
+    half_a_second = SPINNER.replace("monotonic", "process_time").replace("60", "0.5")
+    subprocess.run([sys.executable, "-c", half_a_second], check=True)
     assert LoadWatch()._own_s() - counted >= 0.2  # a child that was waited for is our own
 
 

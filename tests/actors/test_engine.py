@@ -180,8 +180,8 @@ def test_a_prompt_without_room_for_an_answer_is_refused_and_a_full_context_ends_
 @with_engine(good_draft)
 def test_what_is_no_text_is_refused(engine: Engine) -> None:
     for prompt, message in (
-        ("ab\udcff", "the prompt is not UTF-8: byte 0xff at offset 2 "),
-        ("日\ud83d", r"the prompt is not text: U\+D83D at character 1"),
+        ("ab\udcff", "prompt is not UTF-8: byte 0xff at offset 2 "),
+        ("日\ud83d", r"prompt is not text: U\+D83D at character 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             engine.generate(prompt, max_new_tokens=1)
