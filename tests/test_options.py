@@ -65,7 +65,7 @@ def test_whatever_is_set_is_a_setting_or_an_error_of_ours(junk: dict[str, Any], 
             return
         config = EngineConfig(**settings)
     except LlmcadError as error:
-        assert str(error).partition(":")[0] in settings
+        assert str(error).replace(":", " ").split()[0] in settings
         assert len(str(error)) < 500
     else:
         for name, hint in typing.get_type_hints(EngineConfig).items():
@@ -78,7 +78,7 @@ def test_whatever_is_asked_for_is_a_request_or_an_error_of_ours(prompt: Any, jun
     try:
         options = RequestOptions(prompt, **junk)
     except LlmcadError as error:
-        assert str(error).partition(":")[0] in {"prompt", *junk}
+        assert str(error).replace(":", " ").split()[0] in {"prompt", *junk}
         assert len(str(error)) < 500
     else:
         assert type(options.prompt) is str
