@@ -8,6 +8,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_RANGE := $(shell grep -o 'torch>=[^"]*' pyproject.toml)
 PYTEST := -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 N ?= 10000
+SEED ?= 1
 
 .PHONY: setup demo test lint lock test-latest fuzz clean
 
@@ -49,7 +50,7 @@ test-latest:
 
 # N malformed models, and a tenth as many traces and YAML files: no traceback, nothing slow, nothing large.
 fuzz: setup
-	$(BIN)/python -m tests.fuzz --models $(N) --traces $$(($(N) / 10)) --yaml $$(($(N) / 10))
+	$(BIN)/python -m tests.fuzz --models $(N) --traces $$(($(N) / 10)) --yaml $$(($(N) / 10)) --seed $(SEED)
 
 clean:
 	rm -rf .venv .venv-latest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
