@@ -15,6 +15,9 @@ from llmcad_actors.errors import StorageError
 
 ROOT = Path("/")
 SHARED_MEMORY = Path("/dev/shm")
+SPARED = 16
+"""Of what is free, this part is left to others when a cap is lowered to it."""
+
 V1_FILES: tuple[str, ...] = ("memory.limit_in_bytes",)
 V2_FILES: tuple[str, ...] = ("memory.max", "memory.high")
 
@@ -98,6 +101,17 @@ def within(cap_bytes: int, limit: MemoryLimit) -> tuple[int, tuple[str, ...]]:
     if cap_bytes <= limit.limit_bytes:
         return cap_bytes, ()
     return limit.limit_bytes, (f"the memory cap of {format_size(cap_bytes)} is lowered to {limit}",)
+
+
+def within_free(cap_bytes: int, needed_bytes: int, free: FreeMemory) -> tuple[int, tuple[str, ...]]:
+    """A cap whose plan needs more than is free now, lowered to what is free, and what the user should be told.
+
+    For a cap that was given as a share of the machine, or not at all; a size is meant as it stands.
+    """
+    most = max(free.free_bytes - free.free_bytes // SPARED, 1)
+    if needed_bytes <= most:
+        return cap_bytes, ()
+    return most, (f"the memory cap of {format_size(cap_bytes)} is lowered to {format_size(most)}: no more is free now",)
 
 
 def shared_memory(directory: Path = SHARED_MEMORY) -> SharedMemory:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcad_actors.config import DraftSpec, EngineConfig, LoaderSpec, VerifierSpec
-from llmcad_actors.core.budget import MemoryPlan, parse_rate, parse_size, plan, smallest_cap
+from llmcad_actors.core.budget import MemoryPlan, is_share, parse_rate, parse_size, plan, smallest_cap
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import (
     AdaptiveConfidence,
@@ -21,7 +21,7 @@ from llmcad_actors.doctor_figures import Figures, figures_for
 from llmcad_actors.errors import ConfigError
 from llmcad_actors.footprint import DRAFT_SLOTS, budget_inputs, draft_dtype, is_small, stored_bytes
 from llmcad_actors.forecast import Forecaster, PassForecast
-from llmcad_actors.limits import memory_limit, within
+from llmcad_actors.limits import free_memory, memory_limit, within, within_free
 from llmcad_actors.model_names import find_model
 from llmcad_actors.models.families import family_of
 from llmcad_actors.models.generation_rules import active_rules, first_token, ignored_rules, start_token, stop_tokens
@@ -241,6 +241,9 @@ def prepare(config: EngineConfig) -> Prepared:
     cap, notices = within(parse_size(str(config.memory), limit.limit_bytes), limit)
     inputs = budget_inputs(config, target, layout, draft, context)
     memory = plan(inputs, cap)
+    if is_share(str(config.memory)):
+        cap, lowered = within_free(cap, memory.total_bytes, free_memory())
+        memory, notices = plan(inputs, cap), (*notices, *lowered)
     told = (*newer_than_tested(), *notices, *unfollowed(target), *slow_window(memory), *many_threads(config))
     return Prepared(config, target, layout, draft, memory, context, told, smallest_cap(inputs))
 

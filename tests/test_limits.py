@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cgroups import memory_cgroup
+from llmcad_actors.admission import admit
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.engine import Engine
-from llmcad_actors.errors import StorageError
+from llmcad_actors.errors import MemoryCapError, StorageError
 from llmcad_actors.limits import (
+    FreeMemory,
     SharedMemory,
     cgroup_limits,
     check_shared_memory,
@@ -21,8 +23,10 @@ from llmcad_actors.limits import (
     ram_bytes,
     shared_memory,
     within,
+    within_free,
 )
 from llmcad_actors.planning import prepare
+from tests.sparse import sparse_checkpoint
 from tests.tiny import tiny_llama
 
 GIB = 1 << 30
@@ -142,6 +146,23 @@ def test_a_cap_above_the_limit_is_lowered_and_the_user_told(fake: FakeRoot) -> N
     cap, (notice,) = within(3 * GIB, limit)
     assert cap == 2 * GIB
     assert notice == f"the memory cap of 3.22 GB is lowered to 2.15 GB, which {limit.source} allows"
+
+
+def test_a_share_of_the_memory_is_lowered_to_what_is_free_and_the_user_told() -> None:
+    assert within_free(3 * GIB, GIB, FreeMemory(2 * GIB, 4 * GIB)) == (3 * GIB, ())
+    cap, (notice,) = within_free(3 * GIB, 2 * GIB, FreeMemory(2 * GIB, 4 * GIB))
+    assert cap == 2 * GIB * 15 // 16
+    assert notice == "the memory cap of 3.22 GB is lowered to 2.01 GB: no more is free now"
+
+
+def test_a_model_that_would_take_all_of_the_memory_is_planned_within_what_is_free(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80}
+    model = sparse_checkpoint(tmp_path / "70B", "llama", {**sizes, "vocab_size": 32000, "num_key_value_heads": 8})
+    job = prepare(EngineConfig(target=str(model), memory="100%"))
+    assert job.memory.total_bytes <= job.memory.cap_bytes < memory_limit().limit_bytes
+    assert any("no more is free now" in notice for notice in job.notices)
+    with pytest.raises(MemoryCapError, match="of memory is free now"):
+        admit(prepare(EngineConfig(target=str(model), memory=f"{memory_limit().limit_bytes}B")), folder=tmp_path)
 
 
 def test_a_job_is_planned_within_the_machine(tmp_path: Path) -> None:

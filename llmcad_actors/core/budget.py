@@ -21,10 +21,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llmcad_actors.core.sizes import format_size, parse_rate, parse_size
+from llmcad_actors.core.sizes import format_size, is_share, parse_rate, parse_size
 from llmcad_actors.errors import MemoryCapError
 
-__all__ = ["BudgetInputs", "MemoryPlan", "Shard", "format_size", "parse_rate", "parse_size", "plan", "smallest_cap"]
+__all__ = [
+    "BudgetInputs",
+    "MemoryPlan",
+    "Shard",
+    "format_size",
+    "is_share",
+    "parse_rate",
+    "parse_size",
+    "plan",
+    "smallest_cap",
+]
 
 STORE_SLACK_BYTES = 16 << 20  # of the object store: headers, alignment, gaps between objects
 EMBEDDING_CACHE_BYTES = 8 << 20  # rows of the target's embedding that are kept

@@ -35,6 +35,11 @@ def parse_size(text: str, total: int) -> int:
     return size
 
 
+def is_share(text: str) -> bool:
+    """Whether a size is a share of something: "75%"."""
+    return _PERCENT.fullmatch(text.strip()) is not None
+
+
 def parse_file_size(text: str, what: str) -> int:
     """Bytes, as `parse_size`, but for a share of anything. `what` is named in messages. Raises ConfigError."""
     size = _bytes_of(text, what)
