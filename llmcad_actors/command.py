@@ -2,7 +2,7 @@
 
 import sys
 
-from llmcad_actors.interruption import exit_code, interruptible, told_by
+from llmcad_actors.interruption import exit_code, interruptible, leave_if_interrupted, told_by
 
 
 def main() -> None:
@@ -14,7 +14,11 @@ def main() -> None:
             app()
     except KeyboardInterrupt:
         print(f"llmcad: {told_by()}", file=sys.stderr)
+        leave_if_interrupted()
         sys.exit(exit_code())
+    except SystemExit:
+        leave_if_interrupted()
+        raise
 
 
 if __name__ == "__main__":
