@@ -25,9 +25,8 @@ GONE_AFTER_S = 15.0
 START_S = 120.0
 MARK = "LLMCAD_TEST"
 DRIVER = """
-import signal, sys
+import sys
 from llmcad_actors import Engine
-signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore it
 target, draft, memory = sys.argv[1:]
 try:
     with Engine.launch(target, draft, memory=memory, read_limit="10MB/s") as engine:
@@ -36,6 +35,12 @@ try:
 except KeyboardInterrupt:
     print("closed", flush=True)
     sys.stdin.read()
+"""
+
+HEARING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background ignore it, and so would the command
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
 
@@ -47,7 +52,7 @@ class Driver:
         self._shared_memory = set(os.listdir("/dev/shm"))
         self.folder = Path(folder)
         self.process = subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, "-c", HEARING, *command],
             env=os.environ | {MARK: self._mark, "TMPDIR": folder},
             stdin=streams.get("stdin", subprocess.PIPE),
             stdout=subprocess.PIPE,
