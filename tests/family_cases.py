@@ -37,7 +37,7 @@ class Case:
     fields: dict[str, Any] = field(default_factory=lambda: GROUPED)
     window: int | None = None
 
-    def save(self, path: Path, *, seed: int = 0, noise: float = 0.0) -> Path:
+    def save(self, path: Path, *, seed: int = 0, noise: float = 0.0, dtype: torch.dtype = torch.float32) -> Path:
         """A checkpoint of random weights; `noise`, relative to them, goes on top."""
         config = AutoConfig.for_model(self.model_type, **self.fields)
         torch.manual_seed(seed)
@@ -47,7 +47,7 @@ class Case:
             for parameter in model.parameters():
                 spread = 0.05 if parameter is embedding else 0.3 if parameter.ndim > 1 else 0.1
                 parameter.data.add_(torch.randn_like(parameter) * spread * relative)
-        model.save_pretrained(path, max_shard_size="100KB")
+        model.to(dtype).save_pretrained(path, max_shard_size="100KB")
         byte_tokenizer().save_pretrained(path)
         return path
 

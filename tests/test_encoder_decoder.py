@@ -159,7 +159,8 @@ def test_a_node_stands_at_its_depth_wherever_it_is_among_the_rows(saved: Saved, 
         hidden, _ = target._forward([plain.start], tree)
         found = target._logits(hidden[: 1 + len(tree)]).log_softmax(-1).numpy()
     for node in range(-1, len(tree)):
-        assert found[1 + node] == pytest.approx(plain.logprobs(prompt, tokens_to(tree, node)), abs=2e-4)
+        # transformers' own float32 is up to 3e-4 away from its float64 here, these kernels up to 2e-4
+        assert found[1 + node] == pytest.approx(plain.logprobs(prompt, tokens_to(tree, node)), abs=5e-4)
 
 
 def random_ids(length: int, seed: int) -> tuple[int, ...]:

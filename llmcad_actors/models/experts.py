@@ -28,6 +28,12 @@ class Experts:
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
+def joined_name(family: Family, name: str) -> str:
+    """The model's parameter that a stored tensor is, or is part of."""
+    rest, parts = _split(family, {name: None}) if family.experts else ({name: None}, {})
+    return next(iter([*rest, *parts]))
+
+
 def with_experts(family: Family, weights: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
     """A layer's tensors by the model's parameter names; those of experts as `Experts`."""
     if not family.experts:

@@ -1,20 +1,23 @@
-"""Linear layers on CPUs without bfloat16 instructions.
+"""Linear layers in float32 around weights as they are stored.
 
-There, torch multiplies bfloat16 matrices through an emulation that is several times slower than float32. So the
-weights are widened to float32 block by block, each block small enough to stay in the processor's cache, and
-multiplied there: by the package's own kernel (`half_weights.py`), or by torch where that could not be built. Sums are
-formed in float32 and rounded once, as by bfloat16 instructions.
+The package's own kernels multiply (`products.py`): a row's result has the same bits whatever rows stand beside it.
+Where they could not be built, torch does: the weights are widened to float32 block by block, each block small enough
+to stay in the processor's cache. Sums are formed in float32 and rounded once to the type of the rows: so it is also
+done in bfloat16 on CPUs without instructions for that, where torch's emulation is several times slower.
 """
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
 
-from llmcad_actors.models import half_weights
+from llmcad_actors.models import kernels, products
 from llmcad_actors.processor import has_bfloat16
 
 BLOCK_BYTES = 4 << 20
@@ -26,9 +29,11 @@ Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tenso
 
 def chosen(stored: torch.dtype, dtype: torch.dtype) -> Linear:
     """How to multiply rows in `dtype` with weights in `stored` on this machine."""
+    if dtype == torch.float32 and (kernels.available() or stored != dtype):
+        return widened
     if stored == dtype:
         return widened if widening_pays(dtype) else F.linear
-    return widened if dtype == torch.float32 or widening_pays(dtype) else converted
+    return widened if widening_pays(dtype) else converted
 
 
 def converted(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -43,22 +48,17 @@ class _Widened:
         self._block = torch.empty(0)
 
     def __call__(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if rows.dtype == weight.dtype == torch.float32:
-            return F.linear(rows, weight, bias)
         flat = rows.reshape(-1, rows.shape[-1])
-        has_kernel = half_weights.available() and weight.dtype in half_weights.KINDS and weight.is_contiguous()
-        if len(flat) == 1 and rows.dtype == weight.dtype and not (has_kernel and weight.dtype == torch.bfloat16):
+        has_kernel = kernels.available() and weight.dtype in products.KINDS and weight.is_contiguous()
+        if rows.dtype == weight.dtype and not has_kernel and (len(flat) == 1 or rows.dtype == torch.float32):
             return F.linear(rows, weight, bias)  # for one row torch has a kernel of its own too
         wide = self._product(flat.float().contiguous(), weight, has_kernel)
-        result = wide if bias is None else wide + bias
-        return result.to(rows.dtype).view(*rows.shape[:-1], weight.shape[0])
+        if bias is not None:
+            wide += bias
+        return wide.to(rows.dtype).view(*rows.shape[:-1], weight.shape[0])
 
     def _product(self, flat: torch.Tensor, weight: torch.Tensor, has_kernel: bool) -> torch.Tensor:
-        if not has_kernel:
-            return self._by_blocks(flat, weight)
-        if len(flat) == 1 and weight.dtype == torch.bfloat16:
-            return half_weights.row_times(flat[0], weight)
-        return half_weights.times(flat, weight)
+        return products.times(flat, weight) if has_kernel else self._by_blocks(flat, weight)
 
     def _by_blocks(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """float32 rows [rows, in] -> [rows, out]. Keeps its block: fresh memory costs more than sums."""
@@ -86,24 +86,71 @@ def widening_pays(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and not has_bfloat16()
 
 
-def cores() -> AbstractContextManager[None]:
-    """Around a pass whose matrices are all multiplied by `widened`: OpenMP's threads would spin between products."""
-    return half_weights.threads.taken() if half_weights.available() else nullcontext()
+@contextmanager
+def cores() -> Iterator[None]:
+    """Around a pass whose matrices are all multiplied by `widened`.
+
+    OpenMP's threads would spin between products. And oneDNN has a GELU of its own, for dense rows only: not the bits
+    that other rows get.
+    """
+    if not kernels.available():
+        yield
+        return
+    was_enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False  # type: ignore[assignment]
+    try:
+        with kernels.threads.taken():
+            yield
+    finally:
+        torch.backends.mkldnn.enabled = was_enabled
 
 
 def install(model: nn.Module, how: Linear) -> frozenset[str]:
-    """Make the linear layers of every module in the list `model` multiply by `how`.
+    """Make the matrices of every module in the list `model` be multiplied by `how`.
 
-    Returns the names of their weights inside such a module: those may stay as they are stored.
+    Returns their names inside such a module: those may stay as they are stored.
     """
     names = set()
     for layer in model.children():
         for name, module in layer.named_modules():
-            if isinstance(module, nn.Linear):
-                module.forward = functools.partial(_forward, module, how)  # type: ignore[method-assign]
-                names.add(f"{name}.weight")
+            matrices = [leaf for leaf, value in module._parameters.items() if value is not None and value.ndim > 1]
+            forward = _forward_of(module, how) if matrices else None
+            if forward is not None:
+                module.forward = forward
+                names |= {f"{name}.{leaf}" if name else leaf for leaf in matrices}
     return frozenset(names)
+
+
+def _forward_of(module: nn.Module, how: Linear) -> Callable[..., Any] | None:
+    """The forward of a module with matrices, multiplied by `how`; None: it stays as it is."""
+    if isinstance(module, nn.Linear):
+        return functools.partial(_forward, module, how)
+    if how is F.linear or isinstance(module, nn.Embedding):
+        return None
+    if isinstance(module, Conv1D):
+        return functools.partial(_forward_turned, module, how)
+    return functools.partial(_forward_instead, module.forward, _Instead(how))
 
 
 def _forward(module: nn.Linear, how: Linear, rows: torch.Tensor) -> torch.Tensor:
     return how(rows, module.weight, module.bias)
+
+
+def _forward_turned(module: Any, how: Linear, rows: torch.Tensor) -> torch.Tensor:
+    """GPT-2's: its weight is [in, out]."""
+    return how(rows, module.weight.t().contiguous(), module.bias)
+
+
+class _Instead(TorchFunctionMode):
+    """Inside, `F.linear` multiplies by `how`: for modules with matrices of their own, routers and experts."""
+
+    def __init__(self, how: Linear) -> None:
+        super().__init__()
+        self._how = how
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (self._how if func is F.linear else func)(*args, **(kwargs or {}))
+
+
+def _forward_instead(forward: Callable[..., Any], mode: _Instead, *args: Any, **kwargs: Any) -> Any:
+    with mode:
+        return forward(*args, **kwargs)

@@ -20,9 +20,9 @@ from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError, LlmcadError
 from llmcad_actors.messages import PassStats, Verdict
-from llmcad_actors.models import chunks, linear, vocabulary
+from llmcad_actors.models import attention, chunks, linear, vocabulary
 from llmcad_actors.models.embedding import EmbeddingRows
-from llmcad_actors.models.experts import shapes_with_experts, with_experts
+from llmcad_actors.models.experts import joined_name, shapes_with_experts, with_experts
 from llmcad_actors.models.family import Family
 from llmcad_actors.models.generation_rules import active_rules
 from llmcad_actors.models.kv_cache import TreeCache
@@ -61,10 +61,13 @@ class Target:
         self._checkpoint = checkpoint
         self._model = model = build_skeleton(Path(checkpoint.path), dtype)
         self._linear = linear.chosen(DTYPES[checkpoint.dtype], dtype)
-        self._is_widened = self._linear is linear.widened  # all matrices of all layers
+        self._is_widened = self._linear is linear.widened
+        if dtype == torch.float32:
+            attention.install(model)
         if layout.family.encoder is not None:
             self._stream(layout.family.encoder.layers, layout.encoder, None)
         self._stream(layout.family.layers, layout.layers, None if layout.family.encoder else prefill_chunk)
+        self._multiply_outside()
         self._softcap = softcap_of(model.config)
         rows = EmbeddingRows(layout.embedding, dtype)
         for embedding in embeddings_of(model, layout.family):
@@ -85,11 +88,15 @@ class Target:
         check_shapes(layers[0], self.layout, specs[0])
         converted = self.layout.family.converted
         as_stored = frozenset(n for n in linear.install(layers, self._linear) if not n.endswith(converted))
-        matrices = {self.layout.leaf(tensor.name) for tensor in specs[0].tensors if len(tensor.shape) > 1}
-        self._is_widened &= matrices <= as_stored
         if chunk_rows is not None:
             chunks.install(self._model.get_submodule(name.rpartition(".")[0]), layers, chunk_rows)
         stream_layers(layers, lambda index: self._layer_weights(specs[index], as_stored))
+
+    def _multiply_outside(self) -> None:
+        """Linear layers that are in no layer's list, as a few models have behind their embedding."""
+        lists = tuple(f"{name}." for name in self.layout.family.layer_lists)
+        outside = [module for name, module in self._model.named_modules() if not name.startswith(lists)]
+        linear.install(torch.nn.ModuleList(m for m in outside if isinstance(m, torch.nn.Linear)), self._linear)
 
     def _load_resident(self) -> torch.Tensor | None:
         """Fill what is neither a layer nor the embedding nor the head; returns the head's bias, if there is one."""
@@ -114,8 +121,9 @@ class Target:
     @contextmanager
     def _layer_weights(self, spec: ShardSpec, as_stored: frozenset[str]) -> Iterator[Mapping[str, torch.Tensor]]:
         with self._leased(spec.name, spec.tensors, self.layout.leaf) as weights:
-            for name in weights.keys() - as_stored:
-                weights[name] = weights[name].to(self.dtype)
+            for name in weights:
+                if joined_name(self.layout.family, name) not in as_stored:
+                    weights[name] = weights[name].to(self.dtype)
             yield with_experts(self.layout.family, weights)
 
     @contextmanager

@@ -1,0 +1,5 @@
+#undef SET
+#undef LANES
+#undef ROWS
+#undef OUTS
+#undef WIDTH
