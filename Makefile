@@ -10,13 +10,13 @@ PYTEST := -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 N ?= 10000
 SEED ?= 1
 
-.PHONY: setup demo test lint lock test-latest fuzz clean
+.PHONY: setup demo test test-arm lint lock test-latest fuzz clean
 
 setup: $(STAMP)
 
 # The stamp makes a second call quick; a changed file installs again. torch comes first and alone, by pip: it is the
 # largest by far, and which of its builds is taken is pip's configuration to say. uv installs the rest in half pip's time.
-$(STAMP): pyproject.toml constraints.txt $(wildcard llmcad_actors/native/*.c)
+$(STAMP): pyproject.toml constraints.txt $(wildcard llmcad_actors/native/*.[ch])
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt uv setuptools
@@ -47,6 +47,10 @@ test-latest:
 	$(LATEST)/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[dev]" "$(TORCH_RANGE)"
 	$(LATEST)/python -m pip list
 	$(LATEST)/python $(PYTEST)
+
+# The kernels' own checks for 64-bit ARM, compiled by a cross compiler and run under an emulator. Not part of CI.
+test-arm:
+	tests/native/test_arm.sh
 
 # N malformed models, and a tenth as many traces and YAML files: no traceback, nothing slow, nothing large.
 fuzz: setup

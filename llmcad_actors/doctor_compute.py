@@ -96,7 +96,7 @@ def cores_for(kind: Any) -> AbstractContextManager[None]:
     """What the verifier does with the threads around such products."""
     from llmcad_actors.models import linear
 
-    return linear.cores() if linear.chosen(kind, kind) is linear.widened else nullcontext()
+    return linear.cores(kind) if linear.chosen(kind, kind) is linear.widened else nullcontext()
 
 
 def _multiply(how: Callable[[Any, Any], Any], states: Any, weights: Sequence[Any], run: int) -> Any:

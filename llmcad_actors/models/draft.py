@@ -116,7 +116,7 @@ class DraftModel:
         # A target with a larger padded vocabulary may say an id that is not here; the last one stands in for it.
         ids = np.minimum(np.asarray(tokens, dtype=np.int64), self._base.get_input_embeddings().num_embeddings - 1)
         positions_of_rows, positions_of_keys = self._positions[start:end], self._positions[:end]
-        with linear.cores() if self._is_widened else nullcontext():
+        with linear.cores(self._mask_dtype) if self._is_widened else nullcontext():
             return self._stack.run(
                 torch.from_numpy(ids), mask[None, None], positions_of_rows, positions_of_keys, self.cache
             )

@@ -167,7 +167,7 @@ class Target:
         cached = self._cache.length
         pending = self._tokens[cached:]
         try:
-            with linear.cores() if self._is_widened else nullcontext():
+            with linear.cores(self.dtype) if self._is_widened else nullcontext():
                 hidden, rows = self._forward(pending, tree)
                 choices = self._choices(hidden[len(pending) - 1 : len(pending) + len(tree)], tree)
                 accepted = walk(tree, choices, self._stop)

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from llmcad_actors.models import kernels, linear
+from llmcad_actors.models import half_weights, kernels, linear
 from llmcad_actors.models.linear import chosen, converted, install, widened
 
 
@@ -25,9 +25,10 @@ def matrices(stored: torch.dtype, dtype: torch.dtype, rows: int, bias: bool) -> 
 def test_sums_are_formed_in_float32(
     monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, dtype: torch.dtype, bias: bool, rows: int, kernel: bool
 ) -> None:
-    if kernel and not kernels.available():
-        pytest.skip("the kernel is not built")
-    monkeypatch.setattr(kernels, "available", lambda: kernel)
+    if kernel and not (kernels.available() and half_weights.available()):
+        pytest.skip("the kernels are not built")
+    for module in (kernels, half_weights):
+        monkeypatch.setattr(module, "available", lambda: kernel)
     monkeypatch.setattr(linear, "BLOCK_BYTES", 10 * 4 * 24)  # ten rows of the weight a block, seven in the last
     x, weight, offset = matrices(stored, dtype, rows, bias)
     exact = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
@@ -98,7 +99,7 @@ def test_torchs_functions_after_it_give_a_row_the_same_bits_among_others(activat
     torch.manual_seed(outputs)
     function, weight, bias = ACT2FN[activation], torch.randn(outputs, 24).bfloat16(), torch.randn(outputs)
     rows = 3 * torch.randn(1, 19, 24)
-    with linear.cores():
+    with linear.cores(torch.float32):
         together = function(widened(rows, weight, bias))
         for row in range(19):
             assert torch.equal(function(widened(rows[:, row : row + 1], weight, bias))[0, 0], together[0, row])
