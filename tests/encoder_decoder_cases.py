@@ -119,6 +119,14 @@ class PlainPair:
         )
         return tuple(out[0, 1:].tolist())
 
+    def in_float64(self, prompt: tuple[int, ...], output: tuple[int, ...]) -> np.ndarray:
+        """`logprobs` without float32's roundings."""
+        self.model.double()
+        try:
+            return self._logprobs(prompt, output)
+        finally:
+            self.model.float()
+
     @torch.inference_mode()
     def _logprobs(self, prompt: tuple[int, ...], output: tuple[int, ...]) -> np.ndarray:
         """Of the token after `output`."""
