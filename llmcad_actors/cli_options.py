@@ -57,7 +57,11 @@ Draft = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    _option(panel=MODEL, text="Compute in: auto (as stored), float32, bfloat16.", default=_DEFAULTS["dtype"]),
+    _option(
+        panel=MODEL,
+        text="Compute in: auto (float32, around the weights as stored), float32, bfloat16.",
+        default=_DEFAULTS["dtype"],
+    ),
 ]
 ConfigFile = Annotated[
     Path | None, _option("--config", panel=MODEL, text="YAML file of settings; options win over it.")

@@ -51,7 +51,7 @@ class EngineConfig:
         demo, None is the bundled draft).
       memory: cap on all that llmcad adds to the machine: "1.5GB", "512MiB", "75%" of the memory, or a number of bytes;
         None: 75%, of the demo 1.5 GB.
-      dtype: compute in "auto", the stored type, or in "float32" or "bfloat16".
+      dtype: compute in "float32" or "bfloat16"; "auto": float32, whatever is stored. Weights stay as they are stored.
       max_context: tokens of prompt and output to plan for; None: the model's, 2048 at most.
 
     How the draft drafts, and when its tree is checked:

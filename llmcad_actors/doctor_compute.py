@@ -44,7 +44,7 @@ def measure_compute(
     with torch.inference_mode():
         for dtype in DTYPES:
             kind = getattr(torch, dtype)
-            weights = [torch.randn(matrix, dtype=torch.float32).to(kind) for _ in range(NUM_MATRICES)]
+            weights = [torch.randn(matrix).bfloat16() for _ in range(NUM_MATRICES)]
             flops[dtype] = {}
             for n in rows:
                 states = torch.randn(n, matrix[1]).to(kind)
@@ -67,11 +67,14 @@ def measure_layers(kind: Any, rows: Sequence[int], layer: Mapping[str, int], sec
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-    from llmcad_actors.models import linear
+    from llmcad_actors.models import attention, kernels, linear
 
-    config = LlamaConfig(**layer, num_hidden_layers=1, attn_implementation="sdpa")
+    own = kind == torch.float32 and kernels.available()
+    config = LlamaConfig(**layer, num_hidden_layers=1, attn_implementation=attention.NAME if own else "sdpa")
     layers = torch.nn.ModuleList(LlamaDecoderLayer(config, 0) for _ in range(NUM_LAYERS)).to(kind)
-    linear.install(layers, linear.chosen(kind, kind))
+    for matrix in (each for each in layers.parameters() if each.ndim > 1):
+        matrix.data = matrix.data.bfloat16()  # as most checkpoints are stored
+    linear.install(layers, linear.chosen(torch.bfloat16, kind))
     rotary, numbers = LlamaRotaryEmbedding(config), sum(weight.numel() for weight in layers[0].parameters())
     flops = {}
     for n in rows:
@@ -85,18 +88,23 @@ def measure_layers(kind: Any, rows: Sequence[int], layer: Mapping[str, int], sec
 
 
 def linear_layer(kind: Any) -> Callable[[Any, Any], Any]:
-    """How the verifier multiplies rows and weights of this torch type."""
+    """How the verifier multiplies rows of this torch type with weights stored in bfloat16."""
+    import torch
+
     from llmcad_actors.models import linear
 
-    multiply = linear.chosen(kind, kind)
+    multiply = linear.chosen(torch.bfloat16, kind)
     return lambda rows, weight: multiply(rows, weight, None)
 
 
 def cores_for(kind: Any) -> AbstractContextManager[None]:
     """What the verifier does with the threads around such products."""
+    import torch
+
     from llmcad_actors.models import linear
 
-    return linear.cores(kind) if linear.chosen(kind, kind) is linear.widened else nullcontext()
+    is_widened = linear.chosen(torch.bfloat16, kind) is linear.widened
+    return linear.cores(kind) if is_widened else nullcontext()
 
 
 def _multiply(how: Callable[[Any, Any], Any], states: Any, weights: Sequence[Any], run: int) -> Any:

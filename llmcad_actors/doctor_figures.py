@@ -19,7 +19,7 @@ from llmcad_actors.doctor_load import Taken
 from llmcad_actors.errors import CheckpointError
 from llmcad_actors.storage.small_file import read_object
 
-VERSION = 2
+VERSION = 3
 DTYPES = ("float32", "bfloat16")
 
 
@@ -54,7 +54,8 @@ class DiskFigures:
 class ComputeFigures:
     """Products of [rows, columns] with a layer-sized matrix that no cache holds, whole layers, and copies in memory.
 
-    Rates are in FLOP per second, by dtype ("bfloat16", "float32") and rows.
+    Rates are in FLOP per second, by the type that is computed in ("bfloat16", "float32") and rows. The weights are
+    stored in bfloat16.
     """
 
     threads: int
@@ -74,13 +75,15 @@ class ComputeFigures:
         """Time of multiplying so many rows with the matrix."""
         return self.matrix[0] * self.matrix[1] * _seconds_per_number(self.matmul_flops[dtype], rows)
 
-    def pass_seconds(self, rows: int, dtype: str, parameters: int) -> float:
+    def pass_seconds(self, rows: int, dtype: str, parameters: int, stored_bytes: int = 2) -> float:
         """Time of a pass over so many rows through layers of so many `parameters` in all.
 
-        Between measured row counts the time is taken as linear, beyond them the rate as constant. Raises `KeyError`
-        for a dtype that was not measured.
+        Between measured row counts the time is taken as linear, beyond them the rate as constant. A single row is bound
+        by memory: wider weights take as much longer, and more rows never less than that. Raises `KeyError` for a dtype
+        that was not measured.
         """
-        return parameters * _seconds_per_number(self.layer_flops[dtype], rows)
+        one_row = _seconds_per_number(self.layer_flops[dtype], 1) * stored_bytes / 2
+        return parameters * max(one_row, _seconds_per_number(self.layer_flops[dtype], rows))
 
 
 def _by_rows(rates: Mapping[str, Mapping[str, float]]) -> dict[str, dict[int, float]]:

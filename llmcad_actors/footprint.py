@@ -32,19 +32,22 @@ WHOLE_TORCH_PROCESS = 335 * MB  # with all that an untested torch imports
 
 SMALL_DRAFT_BYTES = 256 << 20
 
+WIDTHS = {"float32": 4, "bfloat16": 2}
+"""Bytes of a number, by the type that is computed in."""
+
 
 def budget_inputs(
     config: EngineConfig, target: Checkpoint, layout: Layout, draft: Checkpoint | None, context: int
 ) -> BudgetInputs:
     """What each part will take, in bytes."""
-    width = compute_bytes(target, config.dtype)
+    width = WIDTHS[target_dtype(config)]
     overhead = overhead_bytes(1 if draft is None else 2)
     return BudgetInputs(
         overhead_bytes=overhead,
         tokenizer=tokenizer_bytes(target, overhead),
         draft_weights=0
         if draft is None
-        else draft.total_bytes * compute_bytes(draft, draft_dtype(config, draft)) // stored_bytes(draft),
+        else draft.total_bytes * WIDTHS[draft_dtype(config, draft)] // stored_bytes(draft),
         draft_kv=0 if draft is None else draft_cache_bytes(draft, config, context),
         target_resident=sum(i.nbytes for i in layout.resident) * width // stored_bytes(target) + EMBEDDING_CACHE_BYTES,
         target_kv=kv_bytes(target.config, context + 2 * config.max_nodes, width)
@@ -89,7 +92,7 @@ def draft_activation_bytes(draft: Checkpoint, config: EngineConfig, context: int
 
 def draft_cache_bytes(draft: Checkpoint, config: EngineConfig, context: int) -> int:
     """Keys, values and the ancestor mask of the draft."""
-    width = compute_bytes(draft, draft_dtype(config, draft))
+    width = WIDTHS[draft_dtype(config, draft)]
     cached = kv_bytes(draft.config, context + DRAFT_SLOTS, width) + DRAFT_SLOTS * DRAFT_SLOTS * width
     return cached + encoded_bytes(draft.config, context, width)
 
@@ -162,16 +165,18 @@ def is_small(draft: Checkpoint) -> bool:
     return draft.total_bytes < SMALL_DRAFT_BYTES
 
 
+def target_dtype(config: EngineConfig) -> str:
+    """The type the target computes in: float32, whatever is stored, unless another is asked for."""
+    return "float32" if config.dtype == "auto" else config.dtype
+
+
 def draft_dtype(config: EngineConfig, draft: Checkpoint) -> str:
-    """The type the draft computes in. Its numbers need not be anyone's: a small one takes the faster type."""
-    return "float32" if config.dtype == "auto" and is_small(draft) and not has_bfloat16() else config.dtype
+    """The type the draft computes in. Its numbers need not be anyone's: 16 bits where they are stored, and are fast."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if draft.dtype == "F32" or (is_small(draft) and not has_bfloat16()) else "bfloat16"
 
 
 def stored_bytes(checkpoint: Checkpoint) -> int:
     """Bytes per stored number."""
     return 4 if checkpoint.dtype == "F32" else 2
-
-
-def compute_bytes(checkpoint: Checkpoint, asked: str) -> int:
-    """Bytes per number while computing."""
-    return {"float32": 4, "bfloat16": 2, "auto": stored_bytes(checkpoint)}[asked]

@@ -9,8 +9,8 @@ from llmcad_actors.core.rows import ROW_SIZES, padded_rows
 from llmcad_actors.doctor_figures import ComputeFigures, figures_for
 
 DISK_BYTES_PER_S = 2.0e9
-MATMUL_FLOPS = 4.0e11
-"""What a recent solid-state disk and two cores with bfloat16 instructions do."""
+MATMUL_FLOPS = {"float32": 1.5e11, "bfloat16": 4.0e11}
+"""What a recent solid-state disk and two cores with vector and bfloat16 instructions do."""
 
 NOT_HIDDEN_ONE_ROW, NOT_HIDDEN = 0.5, 0.7
 """Part of the smaller of reading and computing that adds to the larger: they compete for memory and cores.
@@ -54,6 +54,7 @@ class Forecaster:
     dtype: str  # that the target computes in
     figures: ComputeFigures | None
     overlaps: bool = True
+    stored_bytes: int = 2  # of a parameter
 
     @classmethod
     def of(
@@ -65,12 +66,14 @@ class Forecaster:
         parameters: int,
         dtype: str,
         overlaps: bool = True,
+        stored_bytes: int = 2,
     ) -> Self:
         """For the checkpoint at `path`. read_bytes: streamed in a pass; read_limit: bytes/s, None for the disk's."""
         figures = figures_for(path)
         rate = figures.disk.bytes_per_s if figures else DISK_BYTES_PER_S
         limited = rate if read_limit is None else min(rate, read_limit)
-        return cls(read_bytes / limited, parameters, dtype, figures.compute if figures else None, overlaps)
+        compute = figures.compute if figures else None
+        return cls(read_bytes / limited, parameters, dtype, compute, overlaps, stored_bytes)
 
     def plain(self) -> PassForecast:
         """One row, one token."""
@@ -86,7 +89,7 @@ class Forecaster:
     def of_rows(self, rows: int, tokens: float = 1.0) -> PassForecast:
         """A pass of so many rows, for so many tokens."""
         if self.figures is None:
-            compute_s = 2 * rows * self.parameters / MATMUL_FLOPS
+            compute_s = 2 * rows * self.parameters / MATMUL_FLOPS[self.dtype]
         else:
-            compute_s = self.figures.pass_seconds(rows, self.dtype, self.parameters)
+            compute_s = self.figures.pass_seconds(rows, self.dtype, self.parameters, self.stored_bytes)
         return PassForecast(rows, self.read_s, compute_s, tokens, self.figures is not None, self.overlaps)

@@ -19,7 +19,7 @@ from llmcad_actors.core.fallback import (
 from llmcad_actors.disk_settings import read_settings
 from llmcad_actors.doctor_figures import Figures, figures_for
 from llmcad_actors.errors import ConfigError
-from llmcad_actors.footprint import DRAFT_SLOTS, budget_inputs, draft_dtype, is_small, stored_bytes
+from llmcad_actors.footprint import DRAFT_SLOTS, budget_inputs, draft_dtype, is_small, stored_bytes, target_dtype
 from llmcad_actors.forecast import Forecaster, PassForecast
 from llmcad_actors.limits import free_memory, memory_limit, within, within_free
 from llmcad_actors.model_names import find_model
@@ -168,8 +168,9 @@ class Prepared:
             read_bytes=self.memory.bytes_per_pass,
             read_limit=parse_rate(config.read_limit) if config.read_limit else None,
             parameters=self.target.total_bytes // stored,
-            dtype="float32" if stored == 4 else "bfloat16",
+            dtype=target_dtype(config),
             overlaps=self.reads_ahead,
+            stored_bytes=stored,
         )
 
     def loader_spec(self) -> LoaderSpec:
@@ -190,7 +191,7 @@ class Prepared:
         return VerifierSpec(
             path=str(self.target.path),
             pinned=self.memory.pinned,
-            dtype=self.config.dtype,
+            dtype=target_dtype(self.config),
             threads=self.config.threads or cores(),
             capacity=self.context + 2 * self.config.max_nodes + 64,
             prefill_chunk=self.config.prefill_chunk,
@@ -244,7 +245,8 @@ def prepare(config: EngineConfig) -> Prepared:
     if is_share(str(config.memory)):
         cap, lowered = within_free(cap, memory.total_bytes, free_memory())
         memory, notices = plan(inputs, cap), (*notices, *lowered)
-    told = (*newer_than_tested(), *notices, *unfollowed(target), *slow_window(memory), *many_threads(config))
+    told = (*newer_than_tested(), *notices, *unfollowed(target), *inexact(config), *slow_window(memory))
+    told = (*told, *many_threads(config))
     return Prepared(config, target, layout, draft, memory, context, told, smallest_cap(inputs))
 
 
@@ -277,6 +279,16 @@ def unfollowed(target: Checkpoint) -> tuple[str, ...]:
     if not ignored:
         return ()
     return (f"the target's generation config sets {', '.join(ignored)}, which llmcad does not follow",)
+
+
+def inexact(config: EngineConfig) -> tuple[str, ...]:
+    """What computing in bfloat16 gives up."""
+    if target_dtype(config) == "float32":
+        return ()
+    return (
+        "in bfloat16 tokens that are nearly as likely as each other become equal: the text may differ from the model's "
+        "own, and from run to run; --dtype auto keeps it exact",
+    )
 
 
 def slow_window(memory: MemoryPlan) -> tuple[str, ...]:

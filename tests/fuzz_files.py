@@ -124,14 +124,14 @@ def _save_trace(path: Path) -> None:
 
 def figures(place: Path) -> Json:
     flops = {"float32": {"1": 1e10, "64": 1e11}, "bfloat16": {"1": 1e10, "64": 2e11}}
-    from llmcad_actors.doctor_figures import cpu_name, device_of
+    from llmcad_actors.doctor_figures import VERSION, cpu_name, device_of
 
     rate = {"threads": 2, "chunk_bytes": 8388608, "bytes_per_s": 1e9}
     disk = {**rate, "is_direct": True, "rates": [rate]}
     compute = {"threads": 2, "matrix": [512, 512], "copy_bytes_per_s": 1e10}
     compute |= {"matmul_flops": flops, "layer_flops": flops}
     return {
-        "version": 2,
+        "version": VERSION,
         "disks": {device_of(place): disk},
         "cpus": {cpu_name(): compute},
     }

@@ -60,7 +60,7 @@ def test_without_figures_a_usual_machine_is_assumed(monkeypatch: pytest.MonkeyPa
     predicted = forecaster(tmp_path, 300 * MILLION).plain()
     assert not predicted.is_measured
     assert predicted.read_s == pytest.approx(300 * MILLION / DISK_BYTES_PER_S)
-    assert predicted.compute_s == pytest.approx(2 * 100 * MILLION / MATMUL_FLOPS)
+    assert predicted.compute_s == pytest.approx(2 * 100 * MILLION / MATMUL_FLOPS["bfloat16"])
 
 
 def test_the_plan_says_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

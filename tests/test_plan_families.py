@@ -30,6 +30,7 @@ class Real:
     fields: dict[str, Any]
     encoded: int = 0  # bytes a token of the prompt: the encoder's states, and keys and values of them
     has_head: bool = False  # in the file, though transformers would tie it
+    planned: int = 2048  # the longest context to plan for
 
 
 def sizes(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int, **more: object) -> dict[str, Any]:
@@ -281,7 +282,9 @@ REAL: dict[str, Real] = {
             "max_position_embeddings": 2048,
         },
     ),
-    "T5-11B": Real("t5", 11.307, 2 * 24 * 16384 * 2, 32768, t5(1024, 128, 65536, 128, 32128), encoded=1024 * 2),
+    "T5-11B": Real(
+        "t5", 11.307, 2 * 24 * 16384 * 2, 32768, t5(1024, 128, 65536, 128, 32128), encoded=1024 * 2, planned=1024
+    ),
     "FLAN-T5-XXL": Real(
         "t5",
         11.135,
@@ -314,9 +317,16 @@ def test_a_real_models_plan_streams_its_layers_within_the_cap(name: str, tmp_pat
     real = REAL[name]
     path = sparse_checkpoint(tmp_path / "model", real.model_type, real.fields, has_head=real.has_head)
     assert sum(8 * 512 < file.stat().st_blocks * 512 < 10**7 for file in path.glob("*.safetensors")) == 1  # a hole
-    done = CliRunner().invoke(app, ["plan", "--target", str(path), "--memory", "12GB", "--json"])
-    assert done.exit_code == 0, done.output
-    plan = json.loads(done.stdout)
+    context = min(real.context, real.planned)
+
+    def planned(*options: str) -> dict[str, Any]:
+        arguments = ["--target", str(path), "--memory", "12GB", "--max-context", str(context), "--json", *options]
+        done = CliRunner().invoke(app, ["plan", *arguments])
+        assert done.exit_code == 0, done.output
+        plan: dict[str, Any] = json.loads(done.stdout)
+        return plan
+
+    plan = planned()
     assert plan["target_bytes"] / 2e9 == pytest.approx(real.billions, rel=1e-3)
     assert plan["total_bytes"] <= plan["memory_cap_bytes"] == 12 * 10**9
     family = family_of({"model_type": real.model_type, **real.fields})
@@ -324,9 +334,10 @@ def test_a_real_models_plan_streams_its_layers_within_the_cap(name: str, tmp_pat
     for half, count in (("layer.", family.num_layers), ("encoder.", family.num_encoder_layers)):
         assert sum(shard.startswith(half) for shard in shards) == count(real.fields)
     assert family.context(real.fields) == real.context
-    context = min(real.context, 2048)
     kept = context * (real.encoded + real.cached) if real.encoded else 0
-    assert plan["parts"]["target cache"] == (context + 2 * 128) * real.cached + kept
+    in_bfloat16 = (context + 2 * 128) * real.cached + kept
+    assert plan["parts"]["target cache"] == 2 * in_bfloat16
+    assert planned("--dtype", "bfloat16")["parts"]["target cache"] == in_bfloat16
 
 
 @pytest.mark.parametrize("name", CASES)

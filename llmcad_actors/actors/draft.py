@@ -30,16 +30,20 @@ class DraftActor:
         import torch
 
         from llmcad_actors.models.draft import Draft, DraftModel
-        from llmcad_actors.models.tensors import compute_dtype
+        from llmcad_actors.models.tensors import computing
 
         quiet.after_imports()
         setup: DraftSpec = unpack(spec)
         torch.set_num_threads(setup.threads)
         path = Path(setup.path)
         self._checkpoint = Checkpoint.open(path)
-        dtype = compute_dtype(self._checkpoint.dtype, setup.dtype)
         model = DraftModel(
-            path, dtype=dtype, vocab=setup.vocab, context=setup.context, slots=setup.slots, children=setup.children
+            path,
+            dtype=computing(setup.dtype),
+            vocab=setup.vocab,
+            context=setup.context,
+            slots=setup.slots,
+            children=setup.children,
         )
         builder = make_builder(
             setup.builder,

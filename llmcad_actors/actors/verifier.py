@@ -25,7 +25,7 @@ class VerifierActor:
         import torch
 
         from llmcad_actors.models.target import Target
-        from llmcad_actors.models.tensors import compute_dtype
+        from llmcad_actors.models.tensors import computing
 
         quiet.after_imports()
         setup: VerifierSpec = unpack(spec)
@@ -36,11 +36,15 @@ class VerifierActor:
         self._source = LeasedShards(loader, names, encoder)
         self._pinned = [spec for spec in layout.shards if spec.name in setup.pinned]
         self._num_passes = 0
-        dtype = compute_dtype(checkpoint.dtype, setup.dtype)
         self._recorder = Recorder("verifier", time.monotonic)
         source = TracedShards(self._source, self._recorder)
         self._target = Target(
-            checkpoint, layout, source, dtype=dtype, capacity=setup.capacity, prefill_chunk=setup.prefill_chunk
+            checkpoint,
+            layout,
+            source,
+            dtype=computing(setup.dtype),
+            capacity=setup.capacity,
+            prefill_chunk=setup.prefill_chunk,
         )
         drop_code()
 

@@ -27,8 +27,7 @@ class _Product(ctypes.Structure):
 def times(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """float32 rows [rows, in] times the transpose of bf16, f16 or float32 weight [out, in], contiguous: [rows, out].
 
-    A row's result has the same bits whatever rows stand beside it. One row is bound by memory, of which one thread can
-    use most: it leaves a core to who reads the next weights.
+    A row's result has the same bits whatever rows stand beside it.
     """
     library, (count, depth), outputs = kernels.library(), rows.shape, weight.shape[0]
     assert library is not None and rows.dtype == torch.float32 and weight.dtype in KINDS
@@ -42,9 +41,8 @@ def times(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if len(packed):
         product.packed = packed.data_ptr()
         library.llmcad_pack(index, ctypes.byref(product))
-    left = kernels.threads.count - (count == 1)
     kernels.on_threads(
         lambda taken: library.llmcad_times(index, ctypes.byref(product), ctypes.byref(taken)),
-        1 if count * outputs * depth < SMALL else left,
+        1 if count * outputs * depth < SMALL else kernels.threads.count,
     )
     return result

@@ -22,8 +22,6 @@ def as_tensor(data: np.ndarray, dtype: str, shape: tuple[int, ...]) -> torch.Ten
     return torch.frombuffer(memory, dtype=DTYPES[dtype]).view(shape)
 
 
-def compute_dtype(stored: str, asked: str) -> torch.dtype:
-    """The type to compute in: the stored one unless `asked` names another; fp16 computes in bfloat16 on CPUs."""
-    if asked != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
-    return torch.float32 if stored == "F32" else torch.bfloat16
+def computing(name: str) -> torch.dtype:
+    """The type that a spec names to compute in: "float32" or "bfloat16"."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
