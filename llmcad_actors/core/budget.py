@@ -40,6 +40,7 @@ STORE_SLACK_BYTES = 16 << 20  # of the object store: headers, alignment, gaps be
 EMBEDDING_CACHE_BYTES = 8 << 20  # rows of the target's embedding that are kept
 LOGITS_BYTES = 4 << 20  # of float32 logits, in draft and verifier: a large vocabulary is gone through in parts
 LEAST_STORE_BYTES = 80 << 20  # Ray makes none smaller, and in time all of it is touched
+LARGE_CACHE_SHARE = 0.2  # of the least cap: then a shorter context is worth naming
 _MB = 10**6
 
 
@@ -194,9 +195,12 @@ def window_bytes(streamed: Sequence[Shard], shards: Sequence[Shard]) -> int:
 def _refusal(least: MemoryPlan) -> str:
     megabytes = -(-least.total_bytes // _MB)
     table = "\n".join(f"  {part:<28}{format_size(size):>12}" for part, size in least.rows() if size)
+    others = ["a smaller draft"] if least.draft_weights_bytes else []
+    if least.target_kv_bytes > LARGE_CACHE_SHARE * least.total_bytes:
+        others.append("a shorter --max-context")
     return (
         f"a memory cap of {format_size(least.cap_bytes)} is too small; the least that works is {megabytes}MB:\n"
         f"{table}\n"
         f"  {'in all':<28}{format_size(least.total_bytes):>12}\n"
-        f"Try --memory {megabytes}MB" + (", or a smaller draft." if least.draft_weights_bytes else ".")
+        f"Try --memory {', or '.join([f'{megabytes}MB', *others])}."
     )

@@ -150,7 +150,10 @@ def test_a_refusal_says_what_needs_what() -> None:
     without = replace(inputs_of(50, 50, 50), draft_weights=0)
     with pytest.raises(MemoryCapError) as refusal:
         plan(without, 200 * MB)
-    assert "draft" not in str(refusal.value).splitlines()[-1]
+    advice = str(refusal.value).splitlines()[-1]
+    assert "draft" not in advice and "context" not in advice
+    with pytest.raises(MemoryCapError, match="a shorter --max-context"):
+        plan(replace(without, target_kv=500 * MB), 200 * MB)
 
 
 @given(budgets(), st.integers(1, 39), st.integers(0, 30_000 * MB), st.integers(0, 3000 * MB))
