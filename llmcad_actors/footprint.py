@@ -32,6 +32,9 @@ WHOLE_TORCH_PROCESS = 335 * MB  # with all that an untested torch imports
 
 SMALL_DRAFT_BYTES = 256 << 20
 
+PACKED_BYTES = 6
+"""Of a number of rows that the kernels multiply: they lay rows out anew, on AMX as three numbers of 16 bits."""
+
 WIDTHS = {"float32": 4, "bfloat16": 2}
 """Bytes of a number, by the type that is computed in."""
 
@@ -139,7 +142,7 @@ def activation_bytes(
     rotary = 2 * family.head_dim(config) * (4 + width)  # two tables of angles, in float32 at first
     carried = rows * (4 * hidden * width + rotary)  # embedding rows, the model's inputs, hidden states before and after
     widest = max(max(tensor.shape, default=1) for tensor in prepared.layers[0].tensors)
-    states = chunk * (4 * hidden + 3 * widest) * width
+    states = chunk * (4 * hidden + 3 * widest) * width + chunk * widest * PACKED_BYTES
     if family.experts:  # the joined tensors of one
         states += 2 * max(tensor.nbytes for tensor in prepared.layers[0].tensors)
     states += chunk * rows * (width + 3) * (1 if family.windows == "none" else 2)
