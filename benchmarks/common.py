@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.console import Console
 
 from llmcad_actors.bundled import DEMO, bundled_draft, bundled_target, demo_target
 from llmcad_actors.doctor_figures import cpu_model
 
 HERE = Path(__file__).parent
+
+screen = Console(stderr=True)
+"""Progress and tables: standard output carries the measurements."""
+
 PROMPTS = HERE / "prompts_python.jsonl"
 BUNDLED = "bundled"
 
