@@ -101,8 +101,8 @@ def main(
     if real or large:
         path, draft_path = real_paths(draft, large=large)
     else:
-        path, found = model_paths(target, None if draft == "none" else draft)
-        draft_path = None if draft == "none" else found
+        path, usual = model_paths(target, None if draft == "none" else draft)
+        draft_path = None if draft == "none" else usual
     if runs < 1 or prompts < 1:
         raise ConfigError("--runs and --prompts are 1 or more")
     whole = read_prompts(16)

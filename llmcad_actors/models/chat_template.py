@@ -22,7 +22,7 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 CPU_SECONDS = 2
-MEMORY_BYTES = 1 << 30  # of addresses
+MEMORY_BYTES = 512 << 20
 MOST_CHARACTERS = 10_000_000
 
 

@@ -131,7 +131,7 @@ def test_a_template_that_fails_or_breaks_out_is_refused(tmp_path: Path, template
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{{ '' }}{% endfor %}{% endfor %}"
 DOUBLES = "{% set n = namespace(x='xx') %}{% for i in range(99) %}{% set n.x = n.x * 2 %}{% endfor %}{{ n.x }}"
-MEMORY = "it takes more than 1024 MiB of memory"
+MEMORY = "it takes more than 512 MiB of memory"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -143,22 +142,6 @@ def test_torch_leaves_the_cores_to_the_kernels() -> None:
         with suppress(ValueError), kernels.threads.taken():
             raise ValueError
         assert kernels.threads.count == torch.get_num_threads() == 2
-
-
-@needs_kernels
-def test_one_row_leaves_a_core_to_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "SMALL", 0)
-    asked, pool = list[int](), kernels._pool
-
-    def noted(count: int, caller: int) -> ThreadPoolExecutor:
-        asked.append(count)
-        return pool(count, caller)
-
-    monkeypatch.setattr(kernels, "_pool", noted)
-    with torch_threads(3), kernels.threads.taken():
-        products.times(torch.randn(1, 32), torch.randn(40, 32).bfloat16())
-        products.times(torch.randn(2, 32), torch.randn(40, 32).bfloat16())
-    assert (asked[0], asked[-1]) == (1, 2)
 
 
 @needs_kernels
