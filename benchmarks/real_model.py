@@ -49,21 +49,27 @@ def folder() -> Path:
 
 def target() -> Path:
     """The model in bfloat16; fetched and unpacked on first use."""
-    return _made("target", _unpack)
+    return _made(folder() / "target", _unpack)
 
 
 def draft(bits: int) -> Path:
     """The model with its matrices rounded to `bits` bits."""
-    return _made(f"draft-{bits}bit", lambda out: _copy(target(), out, lambda weight: rounded(weight, bits)))
+    return _made(folder() / f"draft-{bits}bit", lambda out: _copy(target(), out, lambda weight: rounded(weight, bits)))
 
 
 def random_draft() -> Path:
     """A model of the same shape that knows nothing."""
+    return randomised(target, folder() / "draft-random")
+
+
+def randomised(source: Callable[[], Path], path: Path) -> Path:
+    """A checkpoint of the shape of `source`'s with random weights, at `path`; made on first use."""
     seeded = torch.Generator().manual_seed(0)
-    return _made(
-        "draft-random",
-        lambda out: _copy(target(), out, lambda weight: torch.randn(weight.shape, generator=seeded) * 0.02),
-    )
+
+    def noise(weight: torch.Tensor) -> torch.Tensor:
+        return torch.randn(weight.shape, generator=seeded) * 0.02
+
+    return _made(path, lambda out: _copy(source(), out, noise))
 
 
 def large(size_bytes: int = LARGE_BYTES) -> Path:
@@ -80,14 +86,13 @@ def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
     return result
 
 
-def _made(name: str, make: Callable[[Path], None]) -> Path:
-    """The directory `name`, made on first use; it appears when it is complete."""
-    path = folder() / name
+def _made(path: Path, make: Callable[[Path], None]) -> Path:
+    """The directory `path`, made on first use; it appears when it is complete."""
     if not path.is_dir():
-        folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder()) as unfinished:
-            make(Path(unfinished) / name)
-            (Path(unfinished) / name).rename(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
+            make(Path(unfinished) / path.name)
+            (Path(unfinished) / path.name).rename(path)
     return path
 
 

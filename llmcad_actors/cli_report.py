@@ -19,7 +19,7 @@ class Account:
 
     def __init__(self, job: Prepared, *, as_json: bool) -> None:
         """`as_json`: False writes nothing."""
-        self._job = job
+        self.job = job
         self._is_due = as_json
         self._pieces: list[Piece] = []
         memory = job.memory
@@ -60,8 +60,8 @@ class Account:
             raise
 
     def _paths(self) -> dict[str, str | None]:
-        draft = self._job.draft
-        return {"target_path": str(self._job.target.path), "draft_path": str(draft.path) if draft else None}
+        draft = self.job.draft
+        return {"target_path": str(self.job.target.path), "draft_path": str(draft.path) if draft else None}
 
     def _write(self, report: dict[str, Any]) -> None:
         if self._is_due:

@@ -11,9 +11,12 @@ from typing import Any
 
 from rich.console import Console
 
+from llmcad_actors.cli_notices import tell
 from llmcad_actors.cli_report import Account
 from llmcad_actors.cli_views import demo_table
 from llmcad_actors.comparison import Comparison
+from llmcad_actors.core.budget import format_size
+from llmcad_actors.core.stats import Stats
 from llmcad_actors.engine import Engine
 from llmcad_actors.errors import LlmcadError
 from llmcad_actors.planning import Prepared
@@ -65,6 +68,7 @@ def generate(
     result = stream(engine, line, account, prompt, show=not as_json, **options)
     account.give(result)
     if not (as_json or quiet):
+        tell(idle_draft(account.job, result.stats))
         say(summary(result.stats), style="dim")
 
 
@@ -87,6 +91,15 @@ def stream(engine: Engine, line: StatusLine, account: Account, prompt: str, *, s
         with suppress(LlmcadError):
             account.know(engine.stats)
     return engine.result(pieces)
+
+
+def idle_draft(job: Prepared, stats: Stats) -> list[str]:
+    """A notice of a draft that was left out of most passes."""
+    if job.draft is None or 2 * stats.undrafted_passes <= stats.target_passes:
+        return []
+    passes = f"{stats.undrafted_passes} of {stats.target_passes} passes"
+    freed = f"--draft none would free {format_size(job.draft_bytes)} for the target"
+    return [f"the draft did not pay: {passes} ran without it; {freed}"]
 
 
 def tell_comparison(compared: Comparison, job: Prepared) -> None:

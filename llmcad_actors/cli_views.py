@@ -53,4 +53,10 @@ def plan_table(job: Prepared) -> Table:
     if predicted.rows > 1:
         table.add_row("tokens per pass, assumed", f"{predicted.tokens:.1f}")
     table.add_row("tokens per second", f"{predicted.tokens_per_second:.2f}")
+    if job.draft is not None:
+        table.add_section()
+        alone = job.without_draft().predicted_pass()
+        table.add_row("seconds per token with the draft", f"{predicted.seconds_per_token:.3g}")
+        table.add_row("without, its memory for the target", f"{alone.seconds_per_token:.3g}")
+        table.add_row("faster", "with the draft" if job.draft_pays else "without the draft: --draft none")
     return table

@@ -1,6 +1,6 @@
 """How long a pass will take: from what `llmcad doctor` measured on this machine, else as on a recent one. No torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log2
 from pathlib import Path
 from typing import Self
@@ -10,7 +10,8 @@ from llmcad_actors.doctor_figures import ComputeFigures, figures_for
 
 DISK_BYTES_PER_S = 2.0e9
 MATMUL_FLOPS = {"float32": 1.5e11, "bfloat16": 4.0e11}
-"""What a recent solid-state disk and two cores with vector and bfloat16 instructions do."""
+MEMORY_BYTES_PER_S = 1.0e10
+"""What a recent solid-state disk, two cores with vector and bfloat16 instructions, and their memory do."""
 
 NOT_HIDDEN_ONE_ROW, NOT_HIDDEN = 0.5, 0.7
 """Part of the smaller of reading and computing that adds to the larger: they compete for memory and cores.
@@ -32,9 +33,11 @@ class PassForecast:
     tokens: float
     is_measured: bool  # by `llmcad doctor`, on this machine
     overlaps: bool = True  # a shard is read while another computes
+    drafting_s: float = 0.0  # before it, beyond what reading hides
 
     @property
     def seconds(self) -> float:
+        """Without drafting."""
         smaller, larger = sorted((self.read_s, self.compute_s))
         if not self.overlaps:
             return larger + smaller
@@ -42,7 +45,11 @@ class PassForecast:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
+        return self.tokens / (self.drafting_s + self.seconds)
+
+    @property
+    def seconds_per_token(self) -> float:
+        return 1 / self.tokens_per_second
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,8 @@ class Forecaster:
     figures: ComputeFigures | None
     overlaps: bool = True
     stored_bytes: int = 2  # of a parameter
+    draft_step_s: float = 0.0
+    hidden_s: float = 0.0  # drafting that costs nothing, as the next pass is being read
 
     @classmethod
     def of(
@@ -80,16 +89,24 @@ class Forecaster:
         return self.of_rows(1)
 
     def best(self, max_nodes: int) -> PassForecast:
-        """The tree of at most `max_nodes` that brings most tokens per second, as the fallback policy would find it."""
+        """The tree of at most `max_nodes` that brings most tokens per second, as the fallback policy would find it.
+
+        One row where drafting does not pay.
+        """
         sizes = [rows for rows in ROW_SIZES if rows <= padded_rows(max_nodes + 1)]
-        return max(
-            (self.of_rows(n, 1 + TOKENS_PER_DOUBLING * log2(n)) for n in sizes), key=lambda f: f.tokens_per_second
-        )
+        trees = (self._of_tree(rows, 1 + TOKENS_PER_DOUBLING * log2(rows)) for rows in sizes[1:])
+        return max((self.plain(), *trees), key=lambda f: f.tokens_per_second)
 
     def of_rows(self, rows: int, tokens: float = 1.0) -> PassForecast:
         """A pass of so many rows, for so many tokens."""
         if self.figures is None:
-            compute_s = 2 * rows * self.parameters / MATMUL_FLOPS[self.dtype]
+            computing, moving = 2 * rows / MATMUL_FLOPS[self.dtype], self.stored_bytes / MEMORY_BYTES_PER_S
+            compute_s = self.parameters * max(computing, moving)
         else:
             compute_s = self.figures.pass_seconds(rows, self.dtype, self.parameters, self.stored_bytes)
         return PassForecast(rows, self.read_s, compute_s, tokens, self.figures is not None, self.overlaps)
+
+    def _of_tree(self, rows: int, tokens: float) -> PassForecast:
+        """A draft step for each level that is accepted, and one more."""
+        drafting_s = max(0.0, tokens * self.draft_step_s - self.hidden_s)
+        return replace(self.of_rows(rows, tokens), drafting_s=drafting_s)

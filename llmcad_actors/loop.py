@@ -1,6 +1,6 @@
 """The decode loop: grow, verify, emit. Start here.
 
-    grow     the draft grows a token tree until the policy says that checking it pays
+    grow     the draft grows a token tree until the policy says that checking it pays; none where no drafting pays
     verify   one pass of the target checks the whole tree; the draft goes on growing meanwhile
     emit     the accepted path and the target's own next token go to the caller
 
@@ -12,11 +12,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from llmcad_actors.core.costs import CostModel
+from llmcad_actors.core.costs import CostModel, Costs
 from llmcad_actors.core.fallback import Policy, outcome_of
 from llmcad_actors.core.provisional import Allowance, Patience, allowance, is_worth_it
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.tree import TokenTree
+from llmcad_actors.core.worth import Round
 from llmcad_actors.messages import Event, Finished, Grown, Provisional, Request, Submission, Tokens, Verdict
 from llmcad_actors.ports import Clock, Drafter, Verifier
 
@@ -33,6 +34,17 @@ class Learnt:
     patience: Patience = field(default_factory=Patience)
 
 
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """What the draft has not been told of."""
+
+    num_tokens: int = 0
+    verdicts: tuple[Verdict, ...] = ()
+
+    def plus(self, verdict: Verdict) -> "Unseen":
+        return Unseen(self.num_tokens + 1, (*self.verdicts, verdict))
+
+
 async def decode(
     request: Request,
     drafter: Drafter | None,
@@ -47,37 +59,44 @@ async def decode(
     """
     started, stats, left = clock.now(), Stats(), request.max_new_tokens
     policy, costs, patience = learnt.policy, learnt.costs, learnt.patience
-    verdict, ahead = None, NOTHING_AHEAD
     held = await verifier.begin(request.prompt, request.stop_tokens, request.max_new_tokens)
     if drafter is not None:
         await drafter.begin(request.prompt)
+    now, last_s, ahead, pending = started, math.inf, NOTHING_AHEAD, len(request.prompt) - 1 - held
+    unseen = Unseen(pending)
     while True:
-        pending = len(request.prompt) - 1 - held if verdict is None else 0
         known = costs.costs(pending_rows=pending, drafts_ahead=request.provisional and not patience.is_over)
-        grown = NO_TREE if drafter is None else await drafter.grow(verdict, policy, known)
+        drafting = drafter if drafter and policy.should_draft(known, unseen.num_tokens, left) else None
+        grown = await drafting.grow(unseen.verdicts, policy, known) if drafting else NO_TREE
         emit(Provisional(most_probable_path(grown.tree)))
         was_ahead = ahead.steps > 0
         may_help = is_worth_it(known, len(grown.tree))
-        last_s = math.inf if verdict is None else verdict.stats.seconds
         allowed = allowance(float(known.pass_seconds(len(grown.tree))), known.draft_step_s, last_s)
-        verdict, ahead = await verify_while_growing(grown.tree, verifier, drafter if may_help else None, allowed, clock)
+        verdict, ahead = await verify_while_growing(
+            grown.tree, verifier, drafting if may_help else None, allowed, clock
+        )
 
-        policy = policy.after(outcome_of(grown.tree, verdict.path, grown.confidence))
-        costs = costs.after(grown, verdict)
-        patience = patience.after(verdict.stats.seconds, ahead.late_s)
+        before, now, last_s = now, clock.now(), verdict.stats.seconds
         ids = new_tokens(grown.tree, verdict)[:left]
+        policy = policy.after(outcome_of(grown.tree, verdict.path, grown.confidence))
+        if drafting or not known.pending_rows:
+            policy = policy.after_round(round_of(grown, drafting is not None, len(ids), now - before, known))
+        costs = costs.after(grown, verdict)
+        patience = patience.after(last_s, ahead.late_s)
+        unseen = (Unseen() if drafting else unseen).plus(verdict)
         stopped = verdict.stopped and len(ids) == len(verdict.path) + 1  # the stop token itself was not cut off
-        left -= len(ids)
+        left, pending = left - len(ids), 0
         stats = stats.after_pass(
-            seconds=clock.now() - started,
+            seconds=now - started,
             new_tokens=len(ids),
             draft_steps=grown.steps + ahead.steps,
             drafted_tokens=grown.drafted + ahead.drafted,
             verified_nodes=len(grown.tree),
             accepted_tokens=len(verdict.path),
-            is_hit=grown.head_start if was_ahead else None,
+            is_hit=grown.head_start if was_ahead and drafting else None,
             compute_s=verdict.stats.compute_s,
             stall_s=verdict.stats.stall_s,
+            is_drafted=drafting is not None,
         )
         emit(Tokens(ids, stats))
         if stopped or left == 0:
@@ -105,6 +124,13 @@ async def verify_while_growing(
         return verdict, replace(ahead, late_s=clock.now() - ended)
     finally:
         checking.cancel()
+
+
+def round_of(grown: Submission, is_drafted: bool, tokens: int, seconds: float, costs: Costs) -> Round:
+    """What the policy hears of a round. A pass that ran a prompt counts as what it is thought to take without."""
+    if costs.pending_rows:
+        seconds = grown.seconds + float(costs.without_prompt().pass_seconds(len(grown.tree)))
+    return Round(is_drafted, tokens, seconds, grown.catch_up_s)
 
 
 def new_tokens(tree: TokenTree, verdict: Verdict) -> tuple[int, ...]:

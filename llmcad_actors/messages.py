@@ -19,6 +19,7 @@ from llmcad_actors.core.quoting import quoted, shown
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.trace import TraceBatch
 from llmcad_actors.core.tree import TokenTree
+from llmcad_actors.core.worth import Worth
 from llmcad_actors.errors import LlmcadError
 
 
@@ -43,6 +44,7 @@ class Submission:
     drafted: int  # nodes run through the draft
     seconds: float
     head_start: bool  # provisional growth had already run the new root (a hit)
+    catch_up_s: float = 0.0  # of `seconds`, the first step's, which read text that the draft had not seen; 0: little
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,8 @@ _SPECS = (LoaderSpec, VerifierSpec, DraftSpec)
 _POLICIES = (AdaptiveConfidence, FixedDepth, FixedTree, MarginalThroughput, TokenConfidence)
 _MESSAGES = (Request, Submission, Grown, PassStats, Verdict, Progress, Tokens, Provisional, Finished, Failed)
 _KINDS = {
-    kind.__name__: kind for kind in (*_MESSAGES, *_SPECS, *_POLICIES, Stats, Costs, CostModel, Calibration, TraceBatch)
+    kind.__name__: kind
+    for kind in (*_MESSAGES, *_SPECS, *_POLICIES, Stats, Costs, CostModel, Calibration, Worth, TraceBatch)
 }
 """What crosses, by the name that stands in bytes and files: a class may move, its name stays."""
 

@@ -1,12 +1,12 @@
 """From settings to a plan: what is opened, checked and laid out before any process starts. Reads headers only."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcad_actors.config import DraftSpec, EngineConfig, LoaderSpec, VerifierSpec
-from llmcad_actors.core.budget import MemoryPlan, is_share, parse_rate, parse_size, plan, smallest_cap
+from llmcad_actors.core.budget import MemoryPlan, format_size, is_share, parse_rate, parse_size, plan, smallest_cap
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import (
     AdaptiveConfidence,
@@ -19,7 +19,15 @@ from llmcad_actors.core.fallback import (
 from llmcad_actors.disk_settings import read_settings
 from llmcad_actors.doctor_figures import Figures, figures_for
 from llmcad_actors.errors import ConfigError
-from llmcad_actors.footprint import DRAFT_SLOTS, budget_inputs, draft_dtype, is_small, stored_bytes, target_dtype
+from llmcad_actors.footprint import (
+    DRAFT_SLOTS,
+    WIDTHS,
+    budget_inputs,
+    draft_dtype,
+    is_small,
+    stored_bytes,
+    target_dtype,
+)
 from llmcad_actors.forecast import Forecaster, PassForecast
 from llmcad_actors.limits import free_memory, memory_limit, within, within_free
 from llmcad_actors.model_names import find_model
@@ -120,14 +128,16 @@ class Prepared:
 
     def costs(self) -> CostModel:
         """What is known of costs before anything has run."""
-        per_pass, guess = self.memory.bytes_per_pass, self._forecaster().of_rows(GUESSED_ROWS)
-        window_share = min(1.0, self.memory.window_bytes / per_pass) if per_pass else 1.0
+        forecaster = self._forecaster()
+        guess, plain = forecaster.of_rows(GUESSED_ROWS), forecaster.plain()
         return CostModel(
-            window_share=window_share if self.reads_ahead else 0.0,
+            window_share=self._window_share,
+            draft_step_s=forecaster.draft_step_s,
             read_s=guess.read_s,
             mean_rows=GUESSED_ROWS,
             mean_compute_s=guess.compute_s,
             overlaps=self.reads_ahead,
+            plain_compute_s=plain.compute_s,
         )
 
     def forecast(self) -> dict[str, Any]:
@@ -146,8 +156,12 @@ class Prepared:
             "read_seconds_per_pass": predicted.read_s,
             "compute_seconds_per_pass": predicted.compute_s,
             "seconds_per_pass": predicted.seconds,
+            "drafting_seconds_per_pass": predicted.drafting_s,
             "tokens_per_pass_assumed": predicted.tokens,
             "tokens_per_second": predicted.tokens_per_second,
+            "seconds_per_token": predicted.seconds_per_token,
+            "seconds_per_token_without_draft": self.without_draft().predicted_pass().seconds_per_token,
+            "draft_pays": self.draft_pays,
             "is_measured": predicted.is_measured,
             "measured": str(self.measured() or ""),
         }
@@ -161,9 +175,42 @@ class Prepared:
         forecaster = self._forecaster()
         return forecaster.plain() if self.draft is None else forecaster.best(self.config.max_nodes)
 
+    def without_draft(self) -> "Prepared":
+        """The same job with no draft, whose memory pins layers of the target."""
+        if self.draft is None:
+            return self
+        inputs = budget_inputs(self.config, self.target, self.layout, None, self.context)
+        return replace(self, draft=None, memory=plan(inputs, self.memory.cap_bytes))
+
+    @property
+    def draft_pays(self) -> bool | None:
+        """Whether the plan expects more tokens per second with the draft; None where there is none."""
+        if self.draft is None:
+            return None
+        predicted, plain = self.predicted_pass(), self.without_draft().predicted_pass()
+        return predicted.rows > 1 and predicted.tokens_per_second > plain.tokens_per_second
+
+    @property
+    def draft_bytes(self) -> int:
+        """Memory that the draft takes, with all that only it needs."""
+        alone = self.without_draft().memory
+        return self._bytes_beside_layers(self.memory) - self._bytes_beside_layers(alone)
+
+    @staticmethod
+    def _bytes_beside_layers(memory: MemoryPlan) -> int:
+        return memory.total_bytes - memory.pinned_bytes - memory.window_bytes - memory.slack_bytes
+
+    @property
+    def _window_share(self) -> float:
+        """Part of a pass's streamed bytes that are read while the draft works."""
+        if not self.reads_ahead:
+            return 0.0
+        per_pass = self.memory.bytes_per_pass
+        return min(1.0, self.memory.window_bytes / per_pass) if per_pass else 1.0
+
     def _forecaster(self) -> Forecaster:
         config, stored = self.config, stored_bytes(self.target)
-        return Forecaster.of(
+        forecaster = Forecaster.of(
             self.target.path,
             read_bytes=self.memory.bytes_per_pass,
             read_limit=parse_rate(config.read_limit) if config.read_limit else None,
@@ -172,6 +219,24 @@ class Prepared:
             overlaps=self.reads_ahead,
             stored_bytes=stored,
         )
+        hidden_s = self._window_share * forecaster.read_s
+        return replace(forecaster, draft_step_s=self._draft_step_s(), hidden_s=hidden_s)
+
+    def _draft_step_s(self) -> float:
+        """Its weights are held in the type that it computes in."""
+        if self.draft is None:
+            return 0.0
+        dtype = draft_dtype(self.config, self.draft)
+        parameters = self.draft.total_bytes // stored_bytes(self.draft)
+        forecaster = Forecaster.of(
+            self.target.path,
+            read_bytes=0,
+            read_limit=None,
+            parameters=parameters,
+            dtype=dtype,
+            stored_bytes=WIDTHS[dtype],
+        )
+        return forecaster.plain().compute_s
 
     def loader_spec(self) -> LoaderSpec:
         limit = parse_rate(self.config.read_limit) if self.config.read_limit else None
@@ -247,7 +312,8 @@ def prepare(config: EngineConfig) -> Prepared:
         memory, notices = plan(inputs, cap), (*notices, *lowered)
     told = (*newer_than_tested(), *notices, *unfollowed(target), *inexact(config), *slow_window(memory))
     told = (*told, *many_threads(config))
-    return Prepared(config, target, layout, draft, memory, context, told, smallest_cap(inputs))
+    job = Prepared(config, target, layout, draft, memory, context, told, smallest_cap(inputs))
+    return replace(job, notices=(*told, *idle_draft(job)))
 
 
 def check_settings(checkpoint: Checkpoint, layout: Layout) -> None:
@@ -296,6 +362,17 @@ def slow_window(memory: MemoryPlan) -> tuple[str, ...]:
     if memory.overlaps:
         return ()
     return ("this cap has room for one shard of the target at a time: reading and computing take turns",)
+
+
+def idle_draft(job: Prepared) -> tuple[str, ...]:
+    """A notice of a draft that is not expected to make anything faster."""
+    if job.draft_pays is not False:
+        return ()
+    with_draft, without = (each.predicted_pass().seconds_per_token for each in (job, job.without_draft()))
+    return (
+        f"the plan expects nothing of the draft: {with_draft:.2g} s a token with it, {without:.2g} without; "
+        f"--draft none frees {format_size(job.draft_bytes)}",
+    )
 
 
 def many_threads(config: EngineConfig) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """What the decode loop and the models ask of the world. Small protocols; the fakes in tests/ are real classes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -16,10 +16,14 @@ class Drafter(Protocol):
     """Grows token trees with the draft model."""
 
     async def begin(self, prompt: tuple[int, ...]) -> None:
-        """Start on a prompt; whatever was grown before is dropped."""
+        """Start on a prompt; whatever was grown before is dropped. Nothing is run before a tree is asked for."""
 
-    async def grow(self, verdict: Verdict | None, policy: Policy, costs: Costs) -> Submission:
-        """Commit `verdict` (None at the start), grow until `policy` says verify, and hand over the tree."""
+    async def grow(self, verdicts: Sequence[Verdict], policy: Policy, costs: Costs) -> Submission:
+        """Commit `verdicts`, grow until `policy` says verify, and hand over the tree.
+
+        verdicts: of all passes since the last call, or since the start. The first is of the tree that was handed over
+        then, if one was; the others are of passes that had no tree, and are caught up with.
+        """
 
     async def extend(self) -> Grown:
         """Grow provisionally for a few steps, beyond the tree that is being verified."""

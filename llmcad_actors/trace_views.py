@@ -75,6 +75,7 @@ def summary(trace: Trace) -> dict[str, Any]:
         "target": trace.header.target,
         "draft": trace.header.draft,
         "passes": len(passes),
+        "undrafted_passes": max(0, len(passes) - len(trace.named("coordinator", "grow"))),
         "tokens": tokens,
         "tokens_per_pass": tokens / len(passes) if passes else 0.0,
         "seconds": passes[-1].end - passes[0].start if passes else 0.0,
@@ -124,7 +125,7 @@ def summary_table(trace: Trace) -> Table:
     table.add_row("target", Text(shown(facts["target"])))
     table.add_row("draft", Text(shown(facts["draft"] or "none")))
     table.add_section()
-    table.add_row("passes", str(facts["passes"]))
+    table.add_row("passes", f"{facts['passes']}, {facts['undrafted_passes']} of them without drafting")
     table.add_row("tokens", f"{facts['tokens']}, {facts['tokens_per_pass']:.1f} a pass")
     table.add_row("seconds", f"{facts['seconds']:.2f}")
     table.add_row("draft steps", f"{facts['draft_steps']}, {facts['provisional_steps']} of them during passes")

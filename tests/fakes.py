@@ -9,12 +9,13 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from llmcad_actors.core.acceptance import walk
 from llmcad_actors.core.costs import Costs
-from llmcad_actors.core.fallback import Policy
+from llmcad_actors.core.fallback import AdaptiveConfidence, Outcome, Policy
 from llmcad_actors.core.tree import ROOT, TokenTree
 from llmcad_actors.errors import DeadlineError
 from llmcad_actors.messages import Grown, PassStats, Submission, Verdict
@@ -105,9 +106,10 @@ class FunctionDrafter:
     async def begin(self, prompt: Tokens) -> None:
         self.tokens, self._tree, self._ahead = prompt, TokenTree.empty(), 0
 
-    async def grow(self, verdict: Verdict | None, policy: Policy, costs: Costs) -> Submission:
-        if verdict is not None:
+    async def grow(self, verdicts: Sequence[Verdict], policy: Policy, costs: Costs) -> Submission:
+        for verdict in verdicts:
             self.tokens += (*self._tree.tokens[list(verdict.path)].tolist(), verdict.bonus)
+            self._tree = TokenTree.empty()
         head_start, self._ahead = self._ahead > 0, 0
         self._tree = self._propose(self.tokens)
         return Submission(
@@ -118,6 +120,19 @@ class FunctionDrafter:
         await asyncio.sleep(0)
         self._ahead += 1
         return Grown(steps=1, drafted=2, can_go_on=self._ahead < self._slices)
+
+
+@dataclass(frozen=True)
+class Scripted(AdaptiveConfidence):
+    """Drafts in those passes that it is told to; in all when there is nothing more to read."""
+
+    drafts: tuple[bool, ...] = ()
+
+    def should_draft(self, costs: Costs, unseen: int, left: int) -> bool:
+        return not self.drafts or self.drafts[0]
+
+    def after(self, outcome: Outcome) -> "Scripted":
+        return replace(AdaptiveConfidence.after(self, outcome), drafts=self.drafts[1:])
 
 
 class TickingClock:
@@ -154,8 +169,8 @@ class LocalDrafter:
     async def begin(self, prompt: Tokens) -> None:
         self._draft.begin(prompt)
 
-    async def grow(self, verdict: Verdict | None, policy: Policy, costs: Costs) -> Submission:
-        return self._draft.grow(verdict, policy, costs)
+    async def grow(self, verdicts: Sequence[Verdict], policy: Policy, costs: Costs) -> Submission:
+        return self._draft.grow(verdicts, policy, costs)
 
     async def extend(self) -> Grown:
         await asyncio.sleep(0)

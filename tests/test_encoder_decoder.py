@@ -28,7 +28,7 @@ from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import layout_of
 from tests.actors.engines import job
 from tests.encoder_decoder_cases import BART, CASES, ONE_EACH, T5, Case, PlainPair, plain_pair
-from tests.fakes import tokens_to
+from tests.fakes import Scripted, tokens_to
 from tests.models.checkpoints import target_of
 from tests.plain import encode
 from tests.streamed import Streaming
@@ -112,6 +112,20 @@ def test_so_it_is_with_a_draft_of_another_family_and_with_none(saved: Saved, tar
         assert engine.generate(ids, COUNT)[0] == greedy(path, ids)
 
 
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_so_it_is_when_the_draft_is_left_out_of_passes(saved: Saved, name: str) -> None:
+    """Also of the first ones: its encoder then reads the prompt late."""
+    path = saved.target(name)
+    engine, accepted = local(path, saved.noisy(name), max_nodes=6, max_context=128), 0
+    for text, first in zip(TEXTS, (True, False), strict=False):
+        ids, drafts = encode(path, text), tuple((i // 3 % 2 == 0) is first for i in range(COUNT))
+        found, stats = engine.generate(ids, COUNT, policy=Scripted(0.02, drafts=drafts))
+        assert found == greedy(path, ids)
+        assert 0 < stats.undrafted_passes < stats.target_passes
+        accepted += stats.accepted_tokens
+    assert accepted > 0
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_draft_proposes_what_its_model_says(saved: Saved, name: str) -> None:
     """Node by node: a node's position is its depth's."""
@@ -122,7 +136,7 @@ def test_a_draft_proposes_what_its_model_says(saved: Saved, name: str) -> None:
     for length in (1, 30):
         prompt = random_ids(length, seed=length)
         draft.begin(prompt)
-        tree = draft.grow(None, FixedTree(), CostModel().costs()).tree
+        tree = draft.grow((), FixedTree(), CostModel().costs()).tree
         assert len(tree) == 2 + 4 + 8 + 8
         for node in range(len(tree)):
             said = plain.logprobs(prompt, tokens_to(tree, int(tree.parents[node])))

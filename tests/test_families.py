@@ -113,7 +113,7 @@ def test_a_draft_proposes_what_its_model_says(saved: Saved, name: str) -> None:
         draft = Draft(model, FixedExpansion((2, 2, 2, 1), batch=3), batch=3, max_positions=128)
         prompt = random_ids(length, seed=length)
         draft.begin(prompt)
-        tree = draft.grow(None, FixedTree(), CostModel().costs()).tree
+        tree = draft.grow((), FixedTree(), CostModel().costs()).tree
         assert len(tree) == 2 + 4 + 8 + 8
         for node in range(len(tree)):
             said = plain.logprobs((*prompt, *tokens_to(tree, int(tree.parents[node]))))
@@ -156,10 +156,10 @@ def test_so_may_a_drafts_and_what_was_committed_keeps_its_positions(saved: Saved
     plain, rng = Plain.of(path), np.random.default_rng(1)
     model = DraftModel(path, dtype=torch.float32, vocab=BYTE_VOCAB, context=192, slots=128, children=4)
     draft = Draft(model, FixedExpansion((2, *[1] * (WINDOW + 3)), batch=4), batch=4, max_positions=192)
-    committed, verdict = random_ids(WINDOW, seed=2), None
+    committed, verdicts = random_ids(WINDOW, seed=2), tuple[Verdict, ...]()
     draft.begin(committed)
     for turn in range(4):
-        tree = draft.grow(verdict, FixedTree(), CostModel().costs()).tree
+        tree = draft.grow(verdicts, FixedTree(), CostModel().costs()).tree
         assert max(tree.depths) > WINDOW
         for node in (len(tree) - 1, *rng.choice(len(tree), 6)):
             said = plain.logprobs((*committed, *tokens_to(tree, int(tree.parents[node]))))
@@ -167,7 +167,7 @@ def test_so_may_a_drafts_and_what_was_committed_keeps_its_positions(saved: Saved
         branch = tree.path(len(tree) - 1)
         accepted, following = branch[: 7 + turn], branch[7 + turn]
         bonus = int(tree.tokens[following]) if turn % 2 else int(rng.integers(1, BYTE_VOCAB))
-        verdict = Verdict(tuple(accepted), bonus, False, PassStats(1.0, 0.0, 1.0, len(tree)))
+        verdicts = (Verdict(tuple(accepted), bonus, False, PassStats(1.0, 0.0, 1.0, len(tree))),)
         committed = (*committed, *tokens_to(tree, accepted[-1]), bonus)
 
 

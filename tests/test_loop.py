@@ -2,20 +2,32 @@
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcad_actors.core.costs import CostModel, Costs
-from llmcad_actors.core.fallback import AdaptiveConfidence, Policy
+from llmcad_actors.core.fallback import AdaptiveConfidence, MarginalThroughput, Policy
 from llmcad_actors.core.provisional import LEAST_STEPS
+from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import DeadlineError
 from llmcad_actors.loop import Learnt, decode, most_probable_path
-from llmcad_actors.messages import Event, Finished, Grown, Provisional, Request, Submission, Tokens, Verdict
-from tests.fakes import Choose, FunctionDrafter, FunctionVerifier, TickingClock, chain, perfect, random_trees, silent
+from llmcad_actors.messages import Event, Finished, Grown, PassStats, Provisional, Request, Submission, Tokens, Verdict
+from tests.fakes import (
+    Choose,
+    FunctionDrafter,
+    FunctionVerifier,
+    Scripted,
+    TickingClock,
+    chain,
+    perfect,
+    random_trees,
+    silent,
+)
 
 VOCAB = 6
 PROMPT = (3, 1, 4)
@@ -111,9 +123,9 @@ class CountingDrafter(FunctionDrafter):
         super().__init__(propose)
         self.told: list[Costs] = []
 
-    async def grow(self, verdict: Verdict | None, policy: Policy, costs: Costs) -> Submission:
+    async def grow(self, verdicts: Sequence[Verdict], policy: Policy, costs: Costs) -> Submission:
         self.told.append(costs)
-        return await super().grow(verdict, policy, costs)
+        return await super().grow(verdicts, policy, costs)
 
 
 def test_the_rows_of_a_prompt_count_in_its_first_pass_only() -> None:
@@ -232,6 +244,109 @@ def test_a_cancelled_loop_ends_its_pass() -> None:
 
     for drafter in (None, FunctionDrafter(silent), FunctionDrafter(silent, slices=10**9)):
         assert asyncio.run(cancelled(drafter)) == 0
+
+
+class WholeClock:
+    """Time that passes only where something takes it."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+
+class TimedVerifier(FunctionVerifier):
+    """A pass takes a second, one over a tree longer."""
+
+    def __init__(self, choose: Choose, clock: WholeClock, *, tree_s: float = 0.5) -> None:
+        super().__init__(choose)
+        self._clock, self._tree_s = clock, tree_s
+
+    async def verify(self, tree: TokenTree) -> Verdict:
+        verdict = await super().verify(tree)
+        took = 1.0 + (self._tree_s if len(tree) else 0.0)
+        self._clock.time += took
+        rows = 16 if len(tree) else 1
+        return replace(verdict, stats=PassStats(took, stall_s=0.0, compute_s=took, rows=rows))
+
+
+class TimedDrafter(FunctionDrafter):
+    """Drafting a tree takes time, and reading text that was not seen too."""
+
+    def __init__(self, propose: Callable[[tuple[int, ...]], TokenTree], clock: WholeClock, seconds: float) -> None:
+        super().__init__(propose)
+        self._clock, self._tree_seconds = clock, seconds
+        self.calls: list[int] = []  # verdicts that came with each
+
+    async def begin(self, prompt: tuple[int, ...]) -> None:
+        await super().begin(prompt)
+        self.calls.clear()
+
+    async def grow(self, verdicts: Sequence[Verdict], policy: Policy, costs: Costs) -> Submission:
+        self.calls.append(len(verdicts))
+        self._clock.time += self._tree_seconds
+        grown = await super().grow(verdicts, policy, costs)
+        return replace(grown, seconds=self._tree_seconds)
+
+
+def timed(
+    propose: Callable[[tuple[int, ...]], TokenTree], draft_s: float, count: int, learnt: Learnt | None = None
+) -> tuple[float, Stats, Learnt, list[int]]:
+    """Seconds of a request by the default policy, its statistics, what it learnt, and the calls of its drafter."""
+    clock, events = WholeClock(), list[Event]()
+    drafter, verifier = TimedDrafter(propose, clock, draft_s), TimedVerifier(target(3), clock)
+    known = CostModel(draft_step_s=draft_s, mean_compute_s=1.5, mean_rows=16.0, read_s=0.0, plain_compute_s=1.0)
+    learnt = learnt or Learnt(MarginalThroughput(), known)
+    after = asyncio.run(decode(Request(PROMPT, count, ()), drafter, verifier, learnt, clock, events.append))
+    assert tokens_in(events) == plain(target(3), count)
+    assert isinstance(events[-1], Finished)
+    return clock.time, events[-1].stats, after, drafter.calls
+
+
+def test_a_draft_that_is_always_wrong_is_soon_left_out() -> None:
+    """Each drafted round takes 1.7 s where a plain pass takes 1."""
+    wrong = lambda tokens: chain([(target(3)(tokens) + 1) % VOCAB])  # noqa: E731
+    seconds, stats, learnt, calls = timed(wrong, 0.2, 100)
+    assert seconds < 105
+    assert stats.undrafted_passes > 90
+    assert len(calls) == 100 - stats.undrafted_passes
+    seconds, stats, _, _ = timed(wrong, 0.2, 100, learnt)  # the next request knows it
+    assert seconds < 103
+
+
+def test_a_draft_that_is_left_out_hears_later_of_every_pass() -> None:
+    wrong = lambda tokens: chain([(target(3)(tokens) + 1) % VOCAB])  # noqa: E731
+    _, stats, _, calls = timed(wrong, 0.2, 200)
+    assert max(calls) > 10  # the passes of a pause, at once
+    assert sum(calls) <= stats.target_passes - 1
+
+
+def test_a_draft_as_dear_as_the_target_is_never_called() -> None:
+    seconds, stats, _, calls = timed(perfect(target(3), 4), 1.0, 50)
+    assert calls == [] and stats.draft_steps == 0
+    assert seconds == 50 and stats.undrafted_passes == stats.target_passes == 50
+
+
+def test_a_draft_that_pays_is_left_out_for_single_passes_alone() -> None:
+    seconds, stats, _, calls = timed(perfect(target(3), 4), 0.2, 200)
+    assert stats.undrafted_passes <= 0.1 * stats.target_passes
+    assert max(calls) <= 2
+    assert seconds < 0.4 * 200
+
+
+@pytest.mark.parametrize("kind", ["perfect", "random", "half right"])
+@given(st.lists(st.booleans(), min_size=40, max_size=40))
+def test_whenever_the_draft_is_left_out_the_output_is_the_targets(kind: str, drafts: list[bool]) -> None:
+    choose, drafter, events = target(5), DRAFTS[kind](target(5)), list[Event]()
+    learnt = Learnt(Scripted(drafts=tuple(drafts)), CostModel())
+    verifier = FunctionVerifier(choose, turns=1)
+    asyncio.run(decode(Request(PROMPT, 30, ()), drafter, verifier, learnt, TickingClock(), events.append))
+    assert tokens_in(events) == plain(choose, 30)
+    assert isinstance(events[-1], Finished)
+    passes = len(verifier.trees)
+    assert events[-1].stats.undrafted_passes == passes - sum(drafts[:passes])
+    assert all(len(tree) == 0 for tree, drafted in zip(verifier.trees, drafts, strict=False) if not drafted)
 
 
 class Broken(FunctionDrafter):

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from llmcad_actors.bundled import bundled_draft, bundled_target
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.builders import make_builder
 from llmcad_actors.core.costs import CostModel
+from llmcad_actors.core.fallback import Policy
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.loop import Learnt, decode
 from llmcad_actors.messages import Event, Finished, Request, Tokens
@@ -18,7 +20,7 @@ from llmcad_actors.models.draft import Draft, DraftModel
 from llmcad_actors.models.target import Target
 from llmcad_actors.planning import Prepared, prepare
 from llmcad_actors.ports import Verifier
-from tests.fakes import LocalDrafter, LocalVerifier, MemoryShards, TickingClock
+from tests.fakes import LocalDrafter, LocalVerifier, MemoryShards, Scripted, TickingClock
 from tests.plain import Plain, encode
 from tests.tiny import BYTE_VOCAB, tiny_llama
 
@@ -76,11 +78,11 @@ class Local:
         return LocalDrafter(Draft(model, builder, batch=spec.batch, max_positions=spec.context))
 
     def generate(
-        self, prompt: Sequence[int], count: int = COUNT, *, provisional: bool = True
+        self, prompt: Sequence[int], count: int = COUNT, *, provisional: bool = True, policy: Policy | None = None
     ) -> tuple[tuple[int, ...], Stats]:
         events: list[Event] = []
         request = Request(tuple(prompt), count, self.job.stop_tokens, provisional=provisional)
-        learnt, clock = Learnt(self.job.policy(), CostModel()), TickingClock()
+        learnt, clock = Learnt(policy or self.job.policy(), CostModel()), TickingClock()
         asyncio.run(decode(request, self.drafter, self.verifier, learnt, clock, events.append))
         assert isinstance(events[-1], Finished)
         ids = tuple(token for event in events if isinstance(event, Tokens) for token in event.ids)
@@ -115,6 +117,19 @@ def test_a_random_targets_output_is_greedy_generation_whatever_the_draft(
         assert found == plain.greedy(ids, FEW)
         if draft == target:
             assert stats.tokens_per_pass > 2
+
+
+@pytest.mark.parametrize("draft", ["untied", "random", "short"])
+def test_so_it_is_when_the_draft_is_left_out_of_passes_at_random(folder: Path, draft: str) -> None:
+    plain, engine = Plain.of(folder / "untied"), local(folder / "untied", folder / draft, max_nodes=4)
+    passes, undrafted = 0, 0
+    for seed, prompt in enumerate(PROMPTS[:3]):
+        ids, rng = encode(folder / "untied", prompt), np.random.default_rng(seed)
+        drafts = tuple(np.repeat(rng.random(COUNT) < 0.5, rng.integers(1, 5, COUNT)).tolist())
+        found, stats = engine.generate(ids, COUNT, policy=Scripted(0.02, drafts=drafts))
+        assert found == plain.greedy(ids, COUNT)
+        passes, undrafted = passes + stats.target_passes, undrafted + stats.undrafted_passes
+    assert 0.1 * passes < undrafted < 0.9 * passes
 
 
 @pytest.mark.parametrize("prompt", PROMPTS[:4])

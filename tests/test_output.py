@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -18,15 +19,19 @@ import pytest
 import yaml
 
 from llmcad_actors import output
+from llmcad_actors.bundled import bundled_draft, bundled_target
 from llmcad_actors.cli_report import Account
-from llmcad_actors.cli_runs import generate
+from llmcad_actors.cli_runs import generate, idle_draft
 from llmcad_actors.columns import visible
 from llmcad_actors.config import EngineConfig
+from llmcad_actors.core.budget import format_size
+from llmcad_actors.core.stats import Stats
 from llmcad_actors.engine import Engine
 from llmcad_actors.errors import ActorFailure, StorageError
 from llmcad_actors.planning import Prepared, prepare
 from llmcad_actors.results import Piece
 from llmcad_actors.status import StatusLine
+from tests.actors.engines import job as make_job
 from tests.actors.engines import slow
 from tests.recorded import RecordedEngine
 from tests.screens import Pty
@@ -46,7 +51,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """A random model of bytes: its text is full of control characters, and of bytes that are no characters."""
     folder = tmp_path_factory.mktemp("output")
     target, draft = (tiny_llama(folder / name, seed=seed, layers=2) for seed, name in enumerate(("target", "draft")))
-    return prepare(EngineConfig(target=str(target), draft=str(draft), memory="4GB"))
+    return prepare(EngineConfig(target=str(target), draft=str(draft), memory="4GB", fallback="adaptive"))
 
 
 @pytest.fixture(scope="module")
@@ -366,3 +371,13 @@ def test_the_demo_shows_prompt_figures_and_verdict_beside_its_text(tmp_path: Pat
     assert "\x1b" not in text
     assert "tokens per pass" not in text
     assert not text.startswith("def read_lines")
+
+
+@pytest.mark.parametrize("undrafted", [2, 4])
+def test_a_draft_that_was_left_out_of_most_passes_is_told_of(undrafted: int) -> None:
+    prepared = make_job(bundled_target(), bundled_draft())
+    stats = replace(Stats(), target_passes=4, undrafted_passes=undrafted)
+    freed = format_size(prepared.draft_bytes)
+    told = [f"the draft did not pay: 4 of 4 passes ran without it; --draft none would free {freed} for the target"]
+    assert idle_draft(prepared, stats) == (told if undrafted == 4 else [])
+    assert idle_draft(prepared.without_draft(), stats) == []

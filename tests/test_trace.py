@@ -335,6 +335,7 @@ def test_the_summary_counts_everything_once(trace: Trace) -> None:
     facts = summary(trace)
     assert (facts["passes"], facts["tokens"], facts["tokens_per_pass"]) == (2, 4, 2.0)
     assert (facts["draft_steps"], facts["provisional_steps"], facts["head_starts"]) == (2, 1, 1)
+    assert facts["undrafted_passes"] == 2  # nothing of the coordinator's was recorded but submissions and verdicts
     assert (facts["bytes_read"], facts["dropped_events"], facts["missing"]) == (300, 2, ["loader"])
     assert facts["stall_seconds"] == pytest.approx(0.5)
     assert facts["compute_seconds"] == pytest.approx(0.9)

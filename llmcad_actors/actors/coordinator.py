@@ -3,7 +3,7 @@
 import asyncio
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,16 +22,17 @@ PASS_TIMEOUT_S = 4 * 3600.0  # a pass over slow storage takes long; a shard that
 
 
 class RemoteDrafter:
-    """The `Drafter` port over the draft actor."""
+    """The `Drafter` port over the draft actor, which hears of a prompt with the first order for a tree."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
+        self._prompt: tuple[int, ...] | None = None  # None: the actor knows it
 
     async def begin(self, prompt: tuple[int, ...]) -> None:
-        await fetch_async(self._actor.begin.remote(pack(prompt)), CALL_TIMEOUT_S, "the draft's start")
+        self._prompt = prompt
 
-    async def grow(self, verdict: Verdict | None, policy: Policy, costs: Costs) -> Submission:
-        order = pack((verdict, policy, costs))
+    async def grow(self, verdicts: Sequence[Verdict], policy: Policy, costs: Costs) -> Submission:
+        order, self._prompt = pack((self._prompt, tuple(verdicts), policy, costs)), None
         result: Submission = unpack(await fetch_async(self._actor.grow.remote(order), CALL_TIMEOUT_S, "drafting"))
         return result
 

@@ -62,13 +62,12 @@ class DraftActor:
     def ready(self) -> None:
         """Returns when the actor is up; raises what its construction raised."""
 
-    def begin(self, prompt: bytes) -> None:
-        self._draft.begin(unpack(prompt))
-
     def grow(self, order: bytes) -> bytes:
-        verdict, policy, costs = unpack(order)
+        prompt, verdicts, policy, costs = unpack(order)
         self._checkpoint.check_unchanged()  # the weights are mapped: they would change with the file
-        return pack(self._draft.grow(verdict, policy, costs))
+        if prompt is not None:
+            self._draft.begin(prompt)
+        return pack(self._draft.grow(verdicts, policy, costs))
 
     def extend(self) -> bytes:
         return pack(self._leftover.submit(self._draft.extend, self._slice_steps).result(SLICE_TIMEOUT_S))

@@ -1,6 +1,6 @@
 """The ports with a recorder in between: what passes through is noted, nothing is changed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,9 +23,9 @@ class TracedDrafter:
     async def begin(self, prompt: tuple[int, ...]) -> None:
         await self._drafter.begin(prompt)
 
-    async def grow(self, verdict: Verdict | None, policy: Policy, costs: Costs) -> Submission:
+    async def grow(self, verdicts: Sequence[Verdict], policy: Policy, costs: Costs) -> Submission:
         started = self._recorder.now()
-        grown = await self._drafter.grow(verdict, policy, costs)
+        grown = await self._drafter.grow(verdicts, policy, costs)
         self._recorder.add("grow", started, steps=grown.steps, drafted=grown.drafted, head_start=grown.head_start)
         return grown
 

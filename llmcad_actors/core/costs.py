@@ -34,6 +34,18 @@ class Costs:
     pending_rows: int = 0  # committed tokens that the pass computes besides the root: of a prompt
     overlaps: bool = True  # a shard is read while another computes
     drafts_ahead: bool = False  # the draft may go on during the pass, for the next tree
+    plain_compute_s: float | None = None  # computing a pass of one row, which has kernels of its own; None: as b
+
+    @property
+    def plain_pass_s(self) -> float:
+        """A pass over one row: no tree, no prompt."""
+        return float(self._together(self.pass_read_s, self._plain_compute_s))
+
+    @property
+    def draft_row_s(self) -> float:
+        """A row of many that the draft runs at once: as much less than the target's as its step is."""
+        plain = self._plain_compute_s
+        return self.pass_node_s * self.draft_step_s / plain if plain > 0 else 0.0
 
     def pass_seconds(self, num_nodes: npt.ArrayLike) -> np.ndarray:
         """T(n): a pass whose reading begins with it; one per entry of `num_nodes`."""
@@ -42,8 +54,7 @@ class Costs:
     def round_seconds(self, num_nodes: npt.ArrayLike, more_drafting_s: float = 0.0) -> np.ndarray:
         """The whole round, if `num_nodes` are submitted after `more_drafting_s`."""
         drafting = self.drafted_s + more_drafting_s
-        reading = self.pass_read_s - min(drafting, self.hidden_s)
-        return drafting + self._both(reading, num_nodes)
+        return drafting + self._both(self._left_to_read(drafting), num_nodes)
 
     def without_prompt(self) -> Self:
         """The same round of a text that is under way."""
@@ -54,9 +65,24 @@ class Costs:
         whole = float(self.pass_seconds(num_nodes))
         return (whole - float(self._compute_seconds(num_nodes))) / whole if whole else 0.0
 
+    def seconds_without_nodes(self) -> float:
+        """The whole round, if nothing is submitted after all."""
+        if self.pending_rows:
+            return float(self.round_seconds(0))
+        return self.drafted_s + float(self._together(self._left_to_read(self.drafted_s), self._plain_compute_s))
+
+    @property
+    def _plain_compute_s(self) -> float:
+        return self.pass_base_s if self.plain_compute_s is None else self.plain_compute_s
+
+    def _left_to_read(self, drafting_s: float) -> float:
+        return self.pass_read_s - min(drafting_s, self.hidden_s)
+
     def _both(self, reading: float, num_nodes: npt.ArrayLike) -> np.ndarray:
-        computing = self._compute_seconds(num_nodes)
-        return np.asarray(np.maximum(reading, computing) if self.overlaps else reading + computing)
+        return self._together(reading, self._compute_seconds(num_nodes))
+
+    def _together(self, reading: float, computing: npt.ArrayLike) -> np.ndarray:
+        return np.asarray(np.maximum(reading, computing) if self.overlaps else reading + np.asarray(computing))
 
     def _compute_seconds(self, num_nodes: npt.ArrayLike) -> np.ndarray:
         rows = self.pending_rows + np.asarray(num_nodes, np.float64)
@@ -71,6 +97,9 @@ class Drafting(Protocol):
 
     @property
     def seconds(self) -> float: ...
+
+    @property
+    def catch_up_s(self) -> float: ...
 
 
 class PassTimes(Protocol):
@@ -94,7 +123,11 @@ class Verdict(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Exponentially fading averages, and a line through computing time over rows. Starts from guesses."""
+    """Exponentially fading averages, and a line through computing time over rows. Starts from guesses.
+
+    Passes of one row are kept apart: they have kernels of their own, and many of them would make the line forget what a
+    tree's rows cost. Before a draft step was timed it is taken to be as much faster than a plain pass as planned.
+    """
 
     window_share: float = 0.0  # part of a pass's streamed bytes that the loader's window holds
     draft_step_s: float = 0.01
@@ -106,6 +139,8 @@ class CostModel:
     num_steps: int = 0
     num_passes: int = 0
     overlaps: bool = True  # a shard is read while another computes
+    plain_compute_s: float | None = None  # of a pass of one row; None: as the line says
+    num_plain: int = 0
 
     def observe_step(self, seconds: float) -> Self:
         """One draft step."""
@@ -115,15 +150,19 @@ class CostModel:
 
     def observe_pass(self, rows: int, seconds: float, read_seconds: float, compute_seconds: float) -> Self:
         """One pass. `read_seconds`: the disk's, for all its bytes; a pass that waits shows the true reading time."""
-        fresh = _weight(self.num_passes)
         if not self.overlaps:
             reading = max(seconds - compute_seconds, 0.0)
         else:
             reading = max(read_seconds, seconds) if seconds > 1.05 * compute_seconds else read_seconds
+        fresh = _weight(self.num_passes + self.num_plain)
+        model = replace(self, read_s=self.read_s + fresh * (reading - self.read_s))
+        return model._observe_row(compute_seconds) if rows == 1 else model._observe_rows(rows, compute_seconds)
+
+    def _observe_rows(self, rows: int, compute_seconds: float) -> Self:
+        fresh = _weight(self.num_passes)
         off_rows, off_compute = rows - self.mean_rows, compute_seconds - self.mean_compute_s
         return replace(
             self,
-            read_s=self.read_s + fresh * (reading - self.read_s),
             mean_rows=self.mean_rows + fresh * off_rows,
             mean_compute_s=self.mean_compute_s + fresh * off_compute,
             variance=(1 - fresh) * (self.variance + fresh * off_rows**2),
@@ -131,32 +170,49 @@ class CostModel:
             num_passes=self.num_passes + 1,
         )
 
+    def _observe_row(self, compute_seconds: float) -> Self:
+        known = self.plain_compute_s
+        mean = compute_seconds
+        if known is not None and self.num_plain:
+            mean = known + _NEWEST * (compute_seconds - known)
+        step = self.draft_step_s
+        if known and not self.num_steps:
+            step *= mean / known
+        return replace(self, plain_compute_s=mean, draft_step_s=step, num_plain=self.num_plain + 1)
+
     def after(self, drafting: Drafting, verdict: Verdict) -> Self:
         """The model after a round. The coordinator does not see the disk, so reading shows in the waits only."""
         model, times = self, verdict.stats
-        if drafting.steps:
-            model = model.observe_step(drafting.seconds / drafting.steps)
+        steps = drafting.steps - (drafting.catch_up_s > 0)
+        if steps:
+            model = model.observe_step((drafting.seconds - drafting.catch_up_s) / steps)
         hidden = min(drafting.seconds, self.window_share * self.read_s)
         took = times.seconds + hidden if times.stall_s > 0.05 * times.seconds else times.seconds
         return model.observe_pass(times.rows, took, min(self.read_s, took), times.compute_s)
 
     def costs(self, drafted_s: float = 0.0, pending_rows: int = 0, *, drafts_ahead: bool = False) -> Costs:
-        slope = self._seconds_per_row()
+        slope, plain = self._seconds_per_row(), self.plain_compute_s
+        base = self.mean_compute_s - slope * (self.mean_rows - 1)  # the root is a row too
+        if plain is not None and self.num_passes and not self.num_plain:
+            plain = min(plain, base)  # what was planned, and what trees' passes show: it is timed rather once too often
         return Costs(
             draft_step_s=self.draft_step_s,
             pass_read_s=self.read_s,
-            pass_base_s=self.mean_compute_s - slope * (self.mean_rows - 1),  # the root is a row too
+            pass_base_s=base,
             pass_node_s=slope,
             hidden_s=self.window_share * self.read_s,
             drafted_s=drafted_s,
             pending_rows=pending_rows,
             overlaps=self.overlaps,
             drafts_ahead=drafts_ahead,
+            plain_compute_s=plain,
         )
 
     def _seconds_per_row(self) -> float:
         """Least squares with a prior, kept where neither a row nor a pass without rows has a negative cost."""
         guess = self.mean_compute_s / (self.mean_rows + _PRIOR_ROWS)
+        if self.plain_compute_s is not None and self.num_plain and self.mean_rows > 1:
+            guess = max(0.0, self.mean_compute_s - self.plain_compute_s) / (self.mean_rows - 1)
         slope = (self.covariance + _PRIOR_VARIANCE * guess) / (self.variance + _PRIOR_VARIANCE)
         return min(max(slope, 0.0), self.mean_compute_s / max(self.mean_rows, 1.0))
 

@@ -1,7 +1,7 @@
-"""Fallback policies: when to stop drafting and call the target (paper, section 3).
+"""Fallback policies: when to stop drafting and call the target (paper, section 3), and whether to draft at all.
 
-A policy is a value. After each draft step it answers `should_verify`; after a verdict it returns its successor. It
-knows the facts of a growing tree and the costs of a round, and no model.
+A policy is a value. It answers `should_draft` before each round and `should_verify` after each draft step; after a
+verdict and a round it returns its successor. It knows the facts of a growing tree and the costs of a round, no model.
 """
 
 from dataclasses import dataclass, field, replace
@@ -16,9 +16,11 @@ from llmcad_actors.core.growth import Growth
 from llmcad_actors.core.provisional import is_worth_it
 from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import ROOT, TokenTree, is_below
+from llmcad_actors.core.worth import Round, Worth
 
 _LEAST_CONFIDENCE = 1e-9
 _ALPHA_RANGE = (1e-9, 0.999)
+_HOPE = 3.0  # times what a tree promises, before a plain pass is made instead: `Worth` judges by what rounds bring
 _OWN_SHARE = 2 / 3  # of a step's gain, that drafting ahead does not make up for
 
 
@@ -51,6 +53,12 @@ def outcome_of(tree: TokenTree, path: tuple[int, ...], confidence: float) -> Out
 
 
 class Policy(Protocol):
+    def should_draft(self, costs: Costs, unseen: int, left: int) -> bool:
+        """Whether to draft in this round; else its pass runs one row.
+
+        unseen: tokens that the draft would have to read first. left: tokens still to come.
+        """
+
     def should_verify(self, growth: Growth, costs: Costs) -> bool:
         """Whether to hand the tree over now, or to draft one step more."""
 
@@ -58,18 +66,30 @@ class Policy(Protocol):
         """How many of the nodes, given by descending cumulative probability, to submit."""
 
     def after(self, outcome: Outcome) -> Self:
-        """The policy for the next round."""
+        """The policy for the next round, by what became of the tree."""
+
+    def after_round(self, done: Round) -> Self:
+        """The policy for the next round, by what this one brought in how much time."""
 
 
 class _SubmitsAll:
-    """What most policies share: every grown node is submitted, and nothing is learnt."""
+    """What most policies share: every round is drafted, every grown node is submitted, and nothing is learnt.
+
+    They are there to be compared, so they do what they say, also where it does not pay.
+    """
 
     __slots__ = ()
+
+    def should_draft(self, costs: Costs, unseen: int, left: int) -> bool:
+        return True
 
     def choose_nodes(self, cumulative: np.ndarray, costs: Costs) -> int:
         return len(cumulative)
 
     def after(self, outcome: Outcome) -> Self:
+        return self
+
+    def after_round(self, done: Round) -> Self:
         return self
 
 
@@ -149,35 +169,52 @@ class MarginalThroughput:
     when it buys tokens at a better rate than the round has. Steps gain less and less (the best candidates go
     first), so the first step that does not pay ends the drafting: the ratio is unimodal. A step that is hidden
     altogether (c = 0) pays as long as it gains anything at all. Nodes carry at most `best_frontier` each, so a
-    gain of g takes at least g / best_frontier of them.
+    gain of g takes at least g / best_frontier of them. A pass with one node runs some more rows anyway: the nodes that
+    fill these are free.
 
     What a prompt costs its first pass is spent anyway. There A / R is the rate of a round without it.
 
     Where the draft goes on during the pass, it begins with the nodes that the step would have run, and the next tree
     has them for nothing. So a part of g comes anyway, one round later, and only the rest counts.
+
+    Whether a round is drafted at all is decided by what drafted rounds and plain passes have brought (`Worth`).
     """
 
     calibration: Calibration = field(default_factory=Calibration)
+    worth: Worth = field(default_factory=Worth)
+
+    def should_draft(self, costs: Costs, unseen: int, left: int) -> bool:
+        return self.worth.should_draft(costs, unseen, left)
 
     def should_verify(self, growth: Growth, costs: Costs) -> bool:
         if growth.exhausted:
             return True
-        probabilities = self.calibration.apply(growth.cumulative)
-        count = _best_count(probabilities, costs)
+        probabilities, free = self.calibration.apply(growth.cumulative), _free_nodes(costs)
+        count = max(_best_count(probabilities, costs), min(free, len(probabilities)))
         tokens = 1.0 + float(probabilities[:count].sum())
-        rate = tokens / costs.without_prompt().round_seconds(count)
-        nodes = count + growth.next_gain / max(growth.best_frontier, _LEAST_CONFIDENCE)
-        longer = costs.round_seconds(nodes, costs.draft_step_s) - costs.round_seconds(count)
+        submitted = max(count, free)
+        rate = tokens / costs.without_prompt().round_seconds(submitted)
+        nodes = max(count + growth.next_gain / max(growth.best_frontier, _LEAST_CONFIDENCE), free)
+        longer = costs.round_seconds(nodes, costs.draft_step_s) - costs.round_seconds(submitted)
         share = _OWN_SHARE if is_worth_it(costs, count) else 1.0
         return bool(share * self._gain(growth) <= rate * longer)
 
     def choose_nodes(self, cumulative: np.ndarray, costs: Costs) -> int:
-        """Nodes that only fill up a pass's rows cost nothing."""
+        """Nodes that only fill up a pass's rows cost nothing; none where the tree is next to worthless."""
         before = costs.pending_rows + 1
         rows = np.array([padded_rows(before + n) for n in range(len(cumulative) + 1)])
-        return _best_count(self.calibration.apply(cumulative), costs, rows - before)
+        probabilities = self.calibration.apply(cumulative)
+        count = _best_count(probabilities, costs, rows - before) or min(_free_nodes(costs), len(cumulative))
+        hoped = 1.0 + _HOPE * float(probabilities[:count].sum())
+        is_worthless = hoped * costs.seconds_without_nodes() < float(costs.round_seconds(rows[count] - before))
+        return 0 if is_worthless else count
+
+    def after_round(self, done: Round) -> Self:
+        return replace(self, worth=self.worth.after(done))
 
     def after(self, outcome: Outcome) -> Self:
+        if not len(outcome.tree):
+            return self
         accepted = np.zeros(len(outcome.tree), np.bool_)
         accepted[list(outcome.path)] = True
         return replace(self, calibration=self.calibration.observe(np.exp(outcome.tree.cumulative), accepted))
@@ -186,6 +223,12 @@ class MarginalThroughput:
         """The draft's estimate, corrected as the probability of the best frontier node is."""
         corrected = float(self.calibration.apply(np.array([growth.best_frontier]))[0])
         return growth.next_gain * corrected / max(growth.best_frontier, _LEAST_CONFIDENCE)
+
+
+def _free_nodes(costs: Costs) -> int:
+    """Nodes that a pass takes for the price of one: they fill the rows that it runs then."""
+    before = costs.pending_rows + 1
+    return padded_rows(before + 1) - before
 
 
 def _best_count(probabilities: np.ndarray, costs: Costs, charged: np.ndarray | None = None) -> int:

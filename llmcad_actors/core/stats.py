@@ -30,6 +30,7 @@ class Stats:
     spilled_bytes: int = 0
     shed_shards: int = 0  # pinned shards given up because memory got short
     cap_exceeded_bytes: int = 0  # how far memory use went above its cap, at most; 0: never
+    undrafted_passes: int = 0  # passes without drafting: there was no draft, or it did not pay
 
     def after_pass(
         self,
@@ -43,6 +44,7 @@ class Stats:
         is_hit: bool | None,
         compute_s: float,
         stall_s: float,
+        is_drafted: bool,
     ) -> Self:
         """With one more pass. `seconds`: since the request began; `is_hit`: None where nothing had been grown."""
         tokens, passes = self.new_tokens + new_tokens, self.target_passes + 1
@@ -61,4 +63,5 @@ class Stats:
             provisional_misses=self.provisional_misses + (is_hit is False),
             compute_seconds=self.compute_seconds + compute_s,
             stall_seconds=self.stall_seconds + stall_s,
+            undrafted_passes=self.undrafted_passes + (not is_drafted),
         )

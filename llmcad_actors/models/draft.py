@@ -167,6 +167,7 @@ class Draft:
         self._committed = 0  # cache rows of the prefix; equals len(tokens) once the root has been run
         self._slots = np.empty(0, dtype=np.int64)  # by builder node; -1: not run
         self._submitted = np.empty(0, dtype=np.int64)  # builder nodes of the tree under verification
+        self._catch_up_s = 0.0  # of the present tree, as in `Submission`
 
     def begin(self, prompt: Sequence[int]) -> None:
         """Start on a prompt; the cached prefix it shares with the previous one is kept."""
@@ -175,10 +176,14 @@ class Draft:
         self._model.cache.keep(shared, ())
         self._committed, self._tokens = shared, list(text)
         self._builder.reset()
+        self._submitted = np.empty(0, dtype=np.int64)
 
-    def grow(self, verdict: Verdict | None, policy: Policy, costs: Costs) -> Submission:
-        """Commit `verdict`, then grow until the policy says verify."""
-        head_start = self._reroot(verdict) if verdict is not None else False
+    def grow(self, verdicts: Sequence[Verdict], policy: Policy, costs: Costs) -> Submission:
+        """Commit `verdicts`, as the `Drafter` port has it, then grow until the policy says verify."""
+        head_start = False
+        for verdict in verdicts:
+            head_start = self._reroot(verdict)
+        self._catch_up_s = 0.0
         started, steps, drafted = time.perf_counter(), 0, 0
         while not self._is_done(policy, costs, time.perf_counter() - started):
             run = self.step(beyond=False)
@@ -188,7 +193,7 @@ class Draft:
         growth, seconds = self._builder.growth(), time.perf_counter() - started
         limit = policy.choose_nodes(growth.cumulative, replace(costs, drafted_s=seconds))
         tree, self._submitted = self._builder.submission(limit)
-        return Submission(tree, growth.best_frontier, steps, drafted, seconds, head_start)
+        return Submission(tree, growth.best_frontier, steps, drafted, seconds, head_start, self._catch_up_s)
 
     def extend(self, max_steps: int) -> Grown:
         """Up to `max_steps` more steps beyond the submitted tree."""
@@ -221,7 +226,10 @@ class Draft:
     def _run_root(self, root: int) -> int:
         if root >= self._max_positions:
             return 0
-        tokens, logprobs = self._model.run_prefix(self._tokens[self._committed :], self._committed)
+        unseen, started = self._tokens[self._committed :], time.perf_counter()
+        tokens, logprobs = self._model.run_prefix(unseen, self._committed)
+        if len(unseen) > self._batch:  # more than a step is
+            self._catch_up_s = time.perf_counter() - started
         self._committed = len(self._tokens)
         self._builder.expand([-1], tokens, logprobs)
         self._slots = np.full(len(self._builder), -1, dtype=np.int64)
@@ -249,6 +257,7 @@ class Draft:
     def _commit(self, verdict: Verdict) -> bool:
         """Move to the verdict's bonus token; True when the draft had already run it (a head start)."""
         path = self._submitted[list(verdict.path)]
+        self._submitted = np.empty(0, dtype=np.int64)
         self._builder.observe(path, verdict.bonus)
         self._tokens += [*self._builder.rows(path)[0].tolist(), verdict.bonus]
         run = [int(slot) for slot in self._slots[path] if slot >= 0]

@@ -32,6 +32,7 @@ from llmcad_actors.core.fallback import (
     TokenConfidence,
 )
 from llmcad_actors.core.stats import Stats
+from llmcad_actors.core.worth import Worth
 from llmcad_actors.loop import Learnt, decode
 from llmcad_actors.messages import Event, Request, Tokens, pack, unpack
 from llmcad_actors.planning import Prepared
@@ -43,8 +44,10 @@ from tests.tiny import PROMPTS
 COUNT = 24
 FIXED = (1, 3, 2, 1, 1, 1)
 BUILDERS = ("best-first", "pacer", "fixed")
+MARGINAL = MarginalThroughput(worth=Worth(plain_s=1e6, num_plain=9))
+"""Drafting pays: how long these tiny models take beside the calls to them is not the question here."""
 POLICIES: tuple[st.SearchStrategy[Policy], ...] = (
-    st.just(MarginalThroughput()),
+    st.just(MARGINAL),
     st.builds(AdaptiveConfidence, st.floats(0.001, 0.9), st.sampled_from(["power", "average"])),
     st.builds(FixedDepth, st.integers(1, 12)),
     st.just(FixedTree()),
@@ -154,7 +157,13 @@ def test_the_output_is_greedy_generation(
 
 def test_a_draft_that_is_often_right_saves_passes_under_every_policy(actors: Actors) -> None:
     ids = encode(actors.path, PROMPTS[1])
-    for policy in (MarginalThroughput(), AdaptiveConfidence(), FixedDepth(4), FixedTree(), TokenConfidence()):
+    for policy in (
+        MARGINAL,
+        AdaptiveConfidence(),
+        FixedDepth(4),
+        FixedTree(),
+        TokenConfidence(),
+    ):
         builder = "fixed" if isinstance(policy, FixedDepth | FixedTree) else "best-first"
         found, stats = actors.generate(ids, builder, policy, provisional=True)
         assert stats.target_passes < 0.8 * len(found), policy

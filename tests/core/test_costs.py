@@ -15,6 +15,7 @@ costs = st.builds(Costs, seconds, seconds, seconds, st.floats(0, 0.1), seconds, 
 class Drafted:
     steps: int
     seconds: float
+    catch_up_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -167,3 +168,41 @@ def test_halves_that_take_turns_add_up() -> None:
     assert cost.pass_seconds(127) == pytest.approx(4.7, rel=0.05)
     assert cost.round_seconds(15, 0.1) == pytest.approx(0.1 + 1.2, rel=0.05)
     assert cost.round_seconds(127) - cost.round_seconds(15) == pytest.approx(3.5, rel=0.05)  # nodes are never free
+
+
+def test_passes_of_one_row_do_not_make_the_model_forget_what_a_trees_rows_cost() -> None:
+    model = CostModel()
+    for rows in (16, 64, 16, 64):
+        model = model.observe_pass(rows, 20.0, 20.0, 0.5 + 0.01 * rows)
+    before = model.costs()
+    for _ in range(100):
+        model = model.observe_pass(1, 20.0, 20.0, 0.3)
+    assert model.costs().pass_node_s == pytest.approx(before.pass_node_s, rel=0.1)
+    assert model.costs().plain_compute_s == pytest.approx(0.3)
+
+
+def test_one_trees_pass_and_one_row_are_a_line() -> None:
+    model = CostModel().observe_pass(16, 1.0, 0.0, 1.0).observe_pass(1, 0.25, 0.0, 0.25)
+    assert model.costs().pass_seconds([0, 15, 30]) == pytest.approx([0.25, 1.0, 1.75])
+    assert model.costs().plain_pass_s == pytest.approx(0.25)
+
+
+def test_a_plain_pass_takes_as_long_as_its_slower_half() -> None:
+    costs = Costs(0.01, pass_read_s=1.0, pass_base_s=0.5, pass_node_s=0.02, plain_compute_s=0.2)
+    assert costs.plain_pass_s == 1.0
+    assert replace(costs, overlaps=False).plain_pass_s == pytest.approx(1.2)
+    assert replace(costs, pass_read_s=0.0).plain_pass_s == pytest.approx(0.2)
+    assert replace(costs, pass_read_s=0.0, drafted_s=0.1).seconds_without_nodes() == pytest.approx(0.3)
+
+
+def test_a_step_that_was_never_timed_is_as_much_faster_than_a_plain_pass_as_planned() -> None:
+    planned = CostModel(draft_step_s=0.01, plain_compute_s=0.1)
+    slower = planned.observe_pass(1, 0.3, 0.0, 0.3)
+    assert slower.costs().draft_step_s == pytest.approx(0.03)
+    assert slower.observe_step(0.02).observe_pass(1, 9.0, 0.0, 9.0).costs().draft_step_s == pytest.approx(0.02)
+
+
+def test_catching_up_is_no_draft_step() -> None:
+    model = CostModel().after(Drafted(5, 1.2, catch_up_s=1.0), Checked(Times(2.0, 1.5, 0.5, 33)))
+    assert model.costs().draft_step_s == pytest.approx(0.05)
+    assert CostModel().after(Drafted(1, 1.0, catch_up_s=1.0), Checked(Times(2.0, 1.5, 0.5, 33))).num_steps == 0

@@ -19,6 +19,7 @@ from llmcad_actors.core.fallback import (
 from llmcad_actors.core.growth import Growth
 from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import TokenTree
+from llmcad_actors.core.worth import Round
 from tests.core.drafting import step, trees
 
 COSTS = Costs(draft_step_s=0.01, pass_read_s=1.0, pass_base_s=0.1, pass_node_s=0.001)
@@ -148,11 +149,35 @@ def test_time_spent_on_drafting_hides_no_longer() -> None:
     assert MarginalThroughput().should_verify(GROWTH, costs)
 
 
-def test_nodes_that_must_be_computed_count_against_a_step() -> None:
-    # computing is the slower half: 0.2 tokens take at least 0.2 / 0.3 of a node
+def test_nodes_that_must_be_computed_count_against_a_step_once_the_passs_rows_are_filled() -> None:
+    # computing is the slower half: 0.1 tokens take at least 0.1 / 0.05 of a node
     computing = replace(COSTS, pass_read_s=0.0, draft_step_s=0.0, pass_base_s=1.0)
-    assert not MarginalThroughput().should_verify(GROWTH, replace(computing, pass_node_s=0.1))
-    assert MarginalThroughput().should_verify(GROWTH, replace(computing, pass_node_s=0.3))
+    full = replace(GROWTH, num_nodes=15, cumulative=np.full(15, 0.06), best_frontier=0.05, next_gain=0.1)
+    assert not MarginalThroughput().should_verify(full, replace(computing, pass_node_s=0.02))
+    assert MarginalThroughput().should_verify(full, replace(computing, pass_node_s=0.1))
+    some = replace(full, num_nodes=9, cumulative=np.full(9, 0.06))
+    assert not MarginalThroughput().should_verify(some, replace(computing, pass_node_s=0.1))  # 16 rows are run anyway
+
+
+def test_a_tree_that_is_next_to_worthless_is_not_submitted() -> None:
+    computing = replace(COSTS, pass_read_s=0.0, draft_step_s=0.0, pass_base_s=1.0, pass_node_s=0.1)  # 2.5 s, or 1 s
+    assert MarginalThroughput().choose_nodes(np.full(15, 0.01), computing) == 0
+    assert MarginalThroughput().choose_nodes(np.full(15, 0.05), computing) == 15
+    faster = replace(computing, plain_compute_s=0.5)
+    assert MarginalThroughput().choose_nodes(np.full(15, 0.05), faster) == 0
+
+
+def test_a_round_without_a_tree_teaches_nothing_of_the_draft() -> None:
+    learnt = MarginalThroughput().after(outcome_of(CHAIN, (0, 1), 0.1))
+    assert learnt.after(outcome_of(TokenTree.empty(), (), 1.0)) == learnt
+
+
+def test_only_the_default_policy_ever_leaves_the_draft_out() -> None:
+    dear = replace(COSTS, draft_step_s=10.0)
+    policies: list[Policy] = [AdaptiveConfidence(), FixedDepth(), FixedTree(), TokenConfidence()]
+    for policy in policies:
+        assert policy.after_round(Round(True, 1, 100.0)).should_draft(dear, unseen=10**6, left=1)
+    assert not MarginalThroughput().should_draft(dear, unseen=1, left=100)
 
 
 def test_a_draft_known_to_be_over_confident_is_asked_for_less() -> None:
@@ -177,9 +202,15 @@ def test_what_is_accepted_is_learnt_node_by_node() -> None:
 def test_the_number_of_nodes_submitted_has_the_best_rate(probabilities: list[float], costs: Costs) -> None:
     cumulative = np.sort(np.array(probabilities))[::-1]
     count = MarginalThroughput().choose_nodes(cumulative, costs)
-    charged = [padded_rows(n + 1) - 1 for n in range(len(cumulative) + 1)]  # what a pass of n nodes really runs
-    rates = [(1 + cumulative[:n].sum()) / float(costs.round_seconds(rows)) for n, rows in enumerate(charged)]
-    assert rates[count] == pytest.approx(max(rates))
+    seconds = [float(costs.round_seconds(padded_rows(n + 1) - 1)) for n in range(len(cumulative) + 1)]
+    rates = [(1 + cumulative[:n].sum()) / seconds[n] for n in range(len(cumulative) + 1)]
+    if count == 0:  # it would not pay if three times as many were accepted
+        some = int(np.argmax(rates)) or min(15, len(cumulative))
+        assert (1 + 3 * cumulative[:some].sum()) / seconds[some] <= 1 / seconds[0] + 1e-9
+    elif count > 15:
+        assert rates[count] == pytest.approx(max(rates))
+    else:
+        assert rates[count] == pytest.approx(max(rates[1:16]))
 
 
 def test_a_pass_bound_by_reading_takes_every_node_and_one_bound_by_computing_few() -> None:

@@ -27,6 +27,7 @@ SCHEMA = [
     "spilled_bytes",
     "shed_shards",
     "cap_exceeded_bytes",
+    "undrafted_passes",
 ]
 
 
@@ -41,6 +42,7 @@ def passed(stats: Stats, seconds: float, new_tokens: int, is_hit: bool | None) -
         is_hit=is_hit,
         compute_s=0.25,
         stall_s=0.5,
+        is_drafted=is_hit is not False,
     )
 
 
@@ -64,6 +66,7 @@ def test_passes_add_up() -> None:
         provisional_misses=1,
         compute_seconds=0.75,
         stall_seconds=1.5,
+        undrafted_passes=1,
     )
 
 

@@ -54,10 +54,11 @@ class Session:
         self.tokens, self.tree = tuple(prompt), TokenTree.empty()
         self.draft.begin(prompt)
 
-    def grow(self, verdict: Verdict | None = None) -> Submission:
-        if verdict is not None:
+    def grow(self, *verdicts: Verdict) -> Submission:
+        for verdict in verdicts:
             self.tokens += (*self.tree.tokens[list(verdict.path)].tolist(), verdict.bonus)
-        grown = self.draft.grow(verdict, self.policy, COSTS)
+            self.tree = TokenTree.empty()
+        grown = self.draft.grow(verdicts, self.policy, COSTS)
         self.tree = grown.tree
         for node in range(len(self.tree)):
             path = (*self.tokens, *tokens_to(self.tree, int(self.tree.parents[node])))
@@ -205,6 +206,52 @@ def test_a_prompt_that_shares_a_prefix_runs_only_the_rest(plain: Plain) -> None:
     session.assert_every_candidate_is_the_plain_models()
 
 
+@settings(max_examples=20)
+@given(kind=st.sampled_from(list(BUILDERS)), data=st.data())
+def test_a_draft_that_was_left_out_of_passes_goes_on_as_a_fresh_one(
+    plain: Plain, kind: str, data: st.DataObject
+) -> None:
+    """Tokens of many passes come with one call, also before the first tree; what it says is the plain model's."""
+    session = Session(plain, kind)
+    session.begin(PROMPT)
+    for turn in range(3):
+        missed = [verdict((), token) for token in data.draw(st.lists(st.integers(1, 256), max_size=20), "missed")]
+        own = [data.draw(verdicts(session), "verdict")] if turn else []
+        grown = session.grow(*own, *missed)
+        session.assert_every_candidate_is_the_plain_models()
+        fresh = Session(plain, kind)
+        fresh.begin(session.tokens)
+        expected = fresh.grow()
+        if not grown.head_start:
+            assert grown.tree.tokens.tolist() == expected.tree.tokens.tolist()
+            assert grown.tree.logprobs == pytest.approx(expected.tree.logprobs, abs=2e-4)
+        session.draft.extend(data.draw(st.integers(0, 3), "steps ahead"))
+
+
+def test_missed_tokens_are_run_in_one_batch_and_only_once(plain: Plain) -> None:
+    session = Session(plain)
+    session.begin(PROMPT)
+    session.grow()
+    with counted(session.model) as runs:
+        caught_up = session.grow(*[verdict((), token) for token in range(1, 41)])
+    assert runs[0] == 40 and max(runs[1:]) <= 4
+    assert 0 < caught_up.catch_up_s < caught_up.seconds
+    with counted(session.model) as runs:
+        assert session.grow(verdict((), 7)).catch_up_s == 0
+    assert runs[0] <= 4
+
+
+def test_tokens_that_it_had_guessed_are_a_head_start_over_skipped_passes_too(plain: Plain) -> None:
+    session = Session(plain, "chain")
+    session.begin(PROMPT)
+    session.grow()
+    bonuses = plain.continuation(PROMPT, 3)
+    with counted(session.model) as runs:
+        assert session.grow(*[verdict((), token) for token in bonuses]).head_start
+    assert sum(runs) <= 4  # as deep as before from there on
+    session.assert_every_candidate_is_the_plain_models()
+
+
 def test_ids_beyond_the_targets_vocabulary_are_never_proposed(plain: Plain, tmp_path: Path) -> None:
     path = tiny_llama(tmp_path, seed=8, vocab=300)
     weights = load_file(path / "model.safetensors")
@@ -212,7 +259,7 @@ def test_ids_beyond_the_targets_vocabulary_are_never_proposed(plain: Plain, tmp_
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     draft = Draft(draft_model(path), BestFirst(40, children=CHILDREN), batch=4, max_positions=256)
     draft.begin(PROMPT)
-    tree = draft.grow(None, WHOLE_TREE, COSTS).tree
+    tree = draft.grow((), WHOLE_TREE, COSTS).tree
     assert len(tree) > 5
     assert tree.tokens.max() < BYTE_VOCAB
     assert Plain(path).next(PROMPT) >= BYTE_VOCAB
@@ -229,7 +276,7 @@ def test_a_draft_is_silent_beyond_its_own_context(plain: Plain) -> None:
     session.begin(PROMPT)
     depths: list[int] = []
     for _ in range(6):
-        depths.append(len(session.grow(verdict((), 256) if depths else None).tree))
+        depths.append(len(session.grow(*[verdict((), 256)][: len(depths)]).tree))
         session.draft.extend(2)
     # A token is run at the position it takes; what follows the last one that fits is still proposed.
     assert depths == [5, 4, 3, 2, 1, 0]
