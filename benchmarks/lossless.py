@@ -96,6 +96,8 @@ def main(
     large: Annotated[bool, typer.Option(help="The published model, enlarged to 2.5 GB.")] = False,
     questions: Annotated[Path | None, typer.Option(help="Ask these, inside the chat template.")] = None,
     runs: Annotated[int, typer.Option(help="Times that every text is made with the draft.")] = 1,
+    plain: Annotated[bool, typer.Option(help="Make every text without the draft too.")] = True,
+    fallback: Annotated[str, typer.Option(help="The policy; the default leaves out useless drafts.")] = "marginal",
 ) -> None:
     """Print how many texts are the same."""
     if real or large:
@@ -109,18 +111,22 @@ def main(
     texts = text or list(itertools.islice([*whole, *(p[: len(p) // 2] for p in whole)], prompts))
     texts = read_questions(questions, prompts) if questions else texts
     chat, ids = questions is not None, prompt_ids(path, texts, chat=questions is not None)
-    with Engine.launch(path, draft_path, memory=memory, dtype=dtype, max_context=max(map(len, ids)) + tokens) as engine:
+    with Engine.launch(
+        path, draft_path, memory=memory, dtype=dtype, fallback=fallback, max_context=max(map(len, ids)) + tokens
+    ) as engine:
         trees = [
             generate(engine, texts, tokens, chat=chat, speculate=True, what=f"with the draft, {run + 1} of {runs}")
             for run in range(runs if draft_path else 1)
         ]
-        plain = generate(engine, texts, tokens, chat=chat, speculate=False, what="plainly") if draft_path else trees[0]
+        alone = trees[0]
+        if draft_path and plain:
+            alone = generate(engine, texts, tokens, chat=chat, speculate=False, what="plainly")
         stats = engine.stats
-    found = Texts(trees, plain, reference(path, ids, tokens, reference_dtype))
+    found = Texts(trees, alone, reference(path, ids, tokens, reference_dtype))
     step = "bfloat16" if dtype == "bfloat16" else "float32"
     which = [
         {"prompt": i, "text": texts[i][-40:], "way": way} | parted(path, ids[i], ours[i], found.theirs[i], step)
-        for way, ours in (("plain", plain), *((f"tree {n + 1}", tree) for n, tree in enumerate(trees)))
+        for way, ours in (("plain", alone), *((f"tree {n + 1}", tree) for n, tree in enumerate(trees)))
         for i in range(len(texts))
         if ours[i] != found.theirs[i]
     ]
@@ -133,6 +139,8 @@ def main(
         "reference_dtype": reference_dtype,
         "memory_cap_bytes": stats.memory_cap_bytes,
         "chat": chat,
+        "plain": plain or draft_path is None,
+        "fallback": fallback,
         "runs": runs,
     }
     emit(measurement("lossless", values, config=config, cache_state="irrelevant"))
