@@ -1,6 +1,9 @@
-"""What does each technique bring? The demo's target, the same prompts, one engine setting after the other.
+"""What does each technique bring? One target, the same texts, one engine setting after the other.
 
     python -m benchmarks.ablation [--prompts 16] [--tokens 128] [--read-limit 400MB/s] [--only sp,ours]
+    python -m benchmarks.ablation --large [--draft 4bit|3bit|random] [--questions FILE]
+
+The target is the demo's, or the published model, enlarged to be bigger than the cap.
 
 Every configuration is a set of engine settings and nothing else; all of them give the target's own text, and the
 benchmark counts where one does not. What needs no draft runs without it, and may pin layers in its place; as all its
@@ -11,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +22,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import Spread, emit, measurement, model_paths, read_prompts
+from benchmarks import workload
+from benchmarks.common import Spread, emit, measurement, screen
+from benchmarks.workload import Workload
 from llmcad_actors.bundled import demo_draft
 from llmcad_actors.cli import reports_errors
 from llmcad_actors.config import EngineConfig
@@ -29,7 +35,6 @@ from llmcad_actors.results import Result
 from llmcad_actors.trace_file import read_trace
 from llmcad_actors.trace_views import disk_idle_share
 
-screen = Console(stderr=True)
 TABLE_WIDTH = 120
 DEFAULTS = EngineConfig(target="")
 
@@ -135,28 +140,27 @@ def num_differing(results: Sequence[Result], reference: Sequence[Result]) -> int
 
 def run(
     setting: Setting,
-    paths: tuple[Path, Path],
-    prompts: Sequence[str],
+    work: Workload,
     tokens: int,
     plain_tokens: int,
     common: Mapping[str, Any],
     traces: Path | None,
 ) -> Measured:
     """All prompts on one engine, after a pass that touches what has to be touched."""
-    target, draft = paths
     results, seconds, idle = [], [], []
     settings = {**common, **setting.settings}
-    with Engine.launch(target, draft if setting.drafts else None, **settings) as engine:
-        engine.generate(prompts[-1], max_new_tokens=1)
-        for number, prompt in enumerate(prompts, 1):
-            screen.print(f"{setting.name}: prompt {number} of {len(prompts)}", style="dim")
+    with Engine.launch(work.target, work.draft if setting.drafts else None, **settings) as engine:
+        generate = partial(engine.generate, chat=work.is_chat)
+        generate(work.texts[-1], max_new_tokens=1)
+        for number, prompt in enumerate(work.texts, 1):
+            screen.print(f"{setting.name}: prompt {number} of {len(work.texts)}", style="dim")
             trace = traces / f"{setting.name}-{number}.trace" if traces else None
             if setting.drafts:
-                results.append(engine.generate(prompt, max_new_tokens=tokens, trace=trace))
+                results.append(generate(prompt, max_new_tokens=tokens, trace=trace))
                 seconds.append(results[-1].stats.seconds / results[-1].stats.new_tokens)
             else:
-                first = engine.generate(prompt, max_new_tokens=1, speculate=False).stats.seconds
-                results.append(engine.generate(prompt, max_new_tokens=plain_tokens, speculate=False, trace=trace))
+                first = generate(prompt, max_new_tokens=1, speculate=False).stats.seconds
+                results.append(generate(prompt, max_new_tokens=plain_tokens, speculate=False, trace=trace))
                 next_one = results[-1].stats.seconds / results[-1].stats.new_tokens
                 seconds.append((first + (tokens - 1) * next_one) / tokens)
             if trace and (share := disk_idle_share(read_trace(trace))) is not None:
@@ -226,12 +230,12 @@ def chosen(only: str | None) -> list[Setting]:
 
 @reports_errors
 def main(
-    prompts: Annotated[int, typer.Option(min=1, max=16, help="How many of the prompts to run.")] = 16,
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 128,
+    prompts: Annotated[int, typer.Option(min=1, help="How many texts.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per text.")] = 128,
     plain_tokens: Annotated[int, typer.Option(min=1, help="Passes measured per prompt without a draft.")] = 6,
     only: Annotated[str | None, typer.Option(help=f"Some of: {', '.join(BY_NAME)}.")] = None,
     target: Annotated[str, typer.Option(help="Model directory, `demo` or `bundled`.")] = "demo",
-    draft: Annotated[str | None, typer.Option(help="Draft directory; default: the bundled one.")] = None,
+    draft: workload.Draft = None,
     draft_size: Annotated[
         str | None, typer.Option(help="Enlarge the bundled draft to this size: a draft whose steps are dear.")
     ] = None,
@@ -245,33 +249,36 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Append JSON lines here; default: print them.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the bars.")] = None,
     traces: Annotated[Path | None, typer.Option(help="Keep a trace of every run in this folder.")] = None,
+    real: workload.Real = False,
+    large: workload.Large = False,
+    questions: workload.Questions = None,
 ) -> None:
     """Run the configurations one after the other; prints a table, and a JSON line for each."""
     if draft_size is not None:
         draft = str(demo_draft(parse_size(draft_size, 0)))
-    texts, paths, settings = read_prompts(prompts), model_paths(target, draft), chosen(only)
+    work = workload.chosen(target, draft, prompts, real=real, large=large, questions=questions)
+    settings = chosen(only)
     common = {"memory": memory, "read_limit": read_limit, "dtype": dtype, "max_nodes": max_nodes, "batch": batch}
     if traces is not None:
         traces.mkdir(parents=True, exist_ok=True)
     lines: list[dict[str, Any]] = []
     reference: tuple[Result, ...] = ()
     for setting in settings:
-        measured = run(setting, paths, texts, tokens, plain_tokens, common, traces)
+        measured = run(setting, work, tokens, plain_tokens, common, traces)
         config = {
             **common,
             **setting.settings,
-            "target": target,
+            **work.config(),
             "draft_size": draft_size,
             "tokens": tokens,
             "plain_tokens": plain_tokens,
-            "prompts": prompts,
         }
         values = measured.values(reference)
         lines.append(measurement("ablation", values, config=config, cache_state="O_DIRECT: the page cache is not used"))
         emit(lines[-1], out)
         if not reference or len(reference[0].token_ids) < len(measured.results[0].token_ids):
             reference = measured.results
-    title = f"{target}, {memory}, {f'reads held to {read_limit}' if read_limit else 'reads unlimited'}"
+    title = f"{work.target.name}, {memory}, {f'reads held to {read_limit}' if read_limit else 'reads unlimited'}"
     Console(width=None if sys.stdout.isatty() else TABLE_WIDTH).print(table_of(lines, title))
     if png is not None:
         draw(lines, title, png)

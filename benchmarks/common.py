@@ -20,7 +20,6 @@ HERE = Path(__file__).parent
 screen = Console(stderr=True)
 """Progress and tables: standard output carries the measurements."""
 
-PROMPTS = HERE / "prompts_python.jsonl"
 BUNDLED = "bundled"
 
 
@@ -83,12 +82,6 @@ def commit() -> str:
         return found + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def read_prompts(count: int) -> list[str]:
-    """The first `count` of the benchmark prompts."""
-    lines = PROMPTS.read_text().splitlines()[:count]
-    return [json.loads(line)["prompt"] for line in lines]
 
 
 def model_paths(target: str, draft: str | None = None) -> tuple[Path, Path]:

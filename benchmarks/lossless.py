@@ -1,11 +1,12 @@
 """Is the output the target's own? Every text against transformers' `generate(do_sample=False)` on the same weights.
 
     python -m benchmarks.lossless [--target bundled] [--draft DIR|none] [--prompts 20] [--tokens 64]
-    python -m benchmarks.lossless --real [--large] [--draft 4bit|3bit|random|none] --questions FILE [--runs 2]
+    python -m benchmarks.lossless --real [--large] [--draft 4bit|3bit|random|none] [--questions FILE] [--runs 2]
 
 The first form asks the bundled pair, or a model of yours. The second asks a published, instruct-tuned model
-(`real_model.py`), small or enlarged, inside its chat template; FILE has lines with `turns`, as Spec-Bench's. Every text
-is made with the draft, `--runs` times, since trees depend on timing, and once plainly, and all are compared.
+(`real_model.py`), small or enlarged, inside its chat template; FILE has lines with `turns`, as Spec-Bench's, and is
+gone through evenly: 80 of 480 questions are every sixth. Every text is made with the draft, `--runs` times, since trees
+depend on timing, and once plainly, and all are compared.
 
 The reference computes in float32 whatever `--dtype` says, unless `--reference-dtype` names another type; it runs in
 this process, needs the whole model in memory, and is kept for later runs. Prints one JSON line: how many texts are
@@ -15,7 +16,7 @@ transformers in float32, in steps of the computing type at their size.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,12 +24,13 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
-from benchmarks import real_model
-from benchmarks.common import BUNDLED, emit, measurement, model_paths, read_prompts, screen
-from benchmarks.questions import Ids, logits_behind, prompt_ids, read_questions, reference
+from benchmarks import workload
+from benchmarks.common import BUNDLED, emit, measurement, screen
+from benchmarks.reference import Ids, logits_behind, prompt_ids, reference
+from benchmarks.workload import Workload
 from llmcad_actors.cli import reports_errors
+from llmcad_actors.config import Settings
 from llmcad_actors.engine import Engine
-from llmcad_actors.errors import ConfigError
 
 MANTISSA = {"float32": 23, "bfloat16": 7}
 
@@ -66,84 +68,62 @@ def parted(path: Path, prompt: Ids, ours: Ids, theirs: Ids, dtype: str) -> dict[
     return {"at": at, "gap": float(pair[0] - pair[1]), "gap_in_steps": round(float(pair[0] - pair[1]) / step, 2)}
 
 
-def real_paths(draft: str | None, *, large: bool) -> tuple[Path, Path | None]:
-    """The published model and a draft of it."""
-    made = {"4bit": lambda: real_model.draft(4), "3bit": lambda: real_model.draft(3), "random": real_model.random_draft}
-    target = real_model.large() if large else real_model.target()
-    if draft == "none":
-        return target, None
-    return target, made[draft or "4bit"]() if draft in (None, *made) else Path(str(draft))
-
-
-def generate(engine: Engine, texts: Sequence[str], tokens: int, *, chat: bool, speculate: bool, what: str) -> list[Ids]:
-    return [
-        engine.generate(text, max_new_tokens=tokens, chat=chat, speculate=speculate).token_ids
-        for text in track(texts, what, console=screen)
-    ]
-
-
 @reports_errors
 def main(
     target: Annotated[str, typer.Option(help="`bundled`, `demo`, or a model directory.")] = BUNDLED,
-    draft: Annotated[str | None, typer.Option(help="Directory, `none`, or with --real 4bit, 3bit, random.")] = None,
+    draft: workload.Draft = None,
     dtype: Annotated[str, typer.Option(help="What we compute in: auto (float32), float32 or bfloat16.")] = "auto",
     reference_dtype: Annotated[str, typer.Option(help="What transformers computes in.")] = "float32",
-    prompts: Annotated[int, typer.Option(help="How many prompts; the benchmark's come first, then their halves.")] = 20,
-    text: Annotated[list[str] | None, typer.Option(help="Prompts to use instead.")] = None,
-    tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 64,
+    prompts: Annotated[int, typer.Option(min=1, help="How many texts.")] = 20,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per text.")] = 64,
     memory: Annotated[str | None, typer.Option(help="Memory cap; default: 75 % of the machine.")] = None,
-    real: Annotated[bool, typer.Option(help="The published model.")] = False,
-    large: Annotated[bool, typer.Option(help="The published model, enlarged to 2.5 GB.")] = False,
-    questions: Annotated[Path | None, typer.Option(help="Ask these, inside the chat template.")] = None,
-    runs: Annotated[int, typer.Option(help="Times that every text is made with the draft.")] = 1,
+    real: workload.Real = False,
+    large: workload.Large = False,
+    questions: workload.Questions = None,
+    runs: Annotated[int, typer.Option(min=1, help="Times that every text is made with the draft.")] = 1,
     plain: Annotated[bool, typer.Option(help="Make every text without the draft too.")] = True,
     fallback: Annotated[str, typer.Option(help="The policy; the default leaves out useless drafts.")] = "marginal",
 ) -> None:
     """Print how many texts are the same."""
-    if real or large:
-        path, draft_path = real_paths(draft, large=large)
-    else:
-        path, usual = model_paths(target, None if draft == "none" else draft)
-        draft_path = None if draft == "none" else usual
-    if runs < 1 or prompts < 1:
-        raise ConfigError("--runs and --prompts are 1 or more")
-    whole = read_prompts(16)
-    texts = text or list(itertools.islice([*whole, *(p[: len(p) // 2] for p in whole)], prompts))
-    texts = read_questions(questions, prompts) if questions else texts
-    chat, ids = questions is not None, prompt_ids(path, texts, chat=questions is not None)
-    with Engine.launch(
-        path, draft_path, memory=memory, dtype=dtype, fallback=fallback, max_context=max(map(len, ids)) + tokens
-    ) as engine:
-        trees = [
-            generate(engine, texts, tokens, chat=chat, speculate=True, what=f"with the draft, {run + 1} of {runs}")
-            for run in range(runs if draft_path else 1)
-        ]
-        alone = trees[0]
-        if draft_path and plain:
-            alone = generate(engine, texts, tokens, chat=chat, speculate=False, what="plainly")
-        stats = engine.stats
-    found = Texts(trees, alone, reference(path, ids, tokens, reference_dtype))
-    step = "bfloat16" if dtype == "bfloat16" else "float32"
-    which = [
-        {"prompt": i, "text": texts[i][-40:], "way": way} | parted(path, ids[i], ours[i], found.theirs[i], step)
-        for way, ours in (("plain", alone), *((f"tree {n + 1}", tree) for n, tree in enumerate(trees)))
-        for i in range(len(texts))
-        if ours[i] != found.theirs[i]
-    ]
-    counts = {"prompts": len(texts), "tokens": sum(map(len, found.theirs))} | found.counts()
-    values = counts | {"different": len(texts) - counts["tree_is_transformers"], "which": which}
-    config = {
-        "target": path.name,
-        "draft": draft_path.name if draft_path else None,
+    work = workload.chosen(target, draft, prompts, real=real, large=large, questions=questions)
+    ids = prompt_ids(work.target, work.texts, chat=work.is_chat)
+    longest = max(map(len, ids)) + tokens
+    settings: Settings = {"dtype": dtype, "fallback": fallback, "max_context": longest}
+    with Engine.launch(work.target, work.draft, memory=memory, **settings) as engine:
+        trees = [generate(engine, work, tokens, f"with the draft, {run + 1} of {runs}") for run in range(runs)]
+        alone = generate(engine, work, tokens, "plainly", speculate=False) if plain and work.draft else trees[0]
+        cap_bytes = engine.stats.memory_cap_bytes
+    found = Texts(trees, alone, reference(work.target, ids, tokens, reference_dtype))
+    which = list(differences(work, ids, found, "bfloat16" if dtype == "bfloat16" else "float32"))
+    counts = {"texts": len(ids), "tokens": sum(map(len, found.theirs))} | found.counts()
+    config = work.config() | {
         "dtype": dtype,
         "reference_dtype": reference_dtype,
-        "memory_cap_bytes": stats.memory_cap_bytes,
-        "chat": chat,
-        "plain": plain or draft_path is None,
-        "fallback": fallback,
+        "memory_cap_bytes": cap_bytes,
+        "new_tokens": tokens,
         "runs": runs,
+        "plain": plain or work.draft is None,
+        "fallback": fallback,
     }
-    emit(measurement("lossless", values, config=config, cache_state="irrelevant"))
+    emit(measurement("lossless", counts | {"which": which}, config=config, cache_state="irrelevant"))
+
+
+def generate(engine: Engine, work: Workload, tokens: int, what: str, *, speculate: bool = True) -> list[Ids]:
+    """The new tokens of every text."""
+    return [
+        engine.generate(text, max_new_tokens=tokens, chat=work.is_chat, speculate=speculate).token_ids
+        for text in track(work.texts, what, console=screen)
+    ]
+
+
+def differences(work: Workload, ids: Sequence[Ids], found: Texts, dtype: str) -> Iterator[dict[str, object]]:
+    """Every text that is not transformers'. What differs between two of our ways differs from it in one of them."""
+    ways = {"plain": found.plain} | {f"tree {number}": tree for number, tree in enumerate(found.trees, 1)}
+    for way, ours in ways.items():
+        for i, theirs in enumerate(found.theirs):
+            if ours[i] != theirs:
+                where = parted(work.target, ids[i], ours[i], theirs, dtype)
+                yield {"text": i, "ends": work.texts[i][-40:], "way": way} | where
 
 
 if __name__ == "__main__":

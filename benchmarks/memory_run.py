@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import psutil
 
-from benchmarks.common import read_prompts
+from benchmarks.workload import read_prompts
 from llmcad_actors.actors.memory import by_group
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.engine import Engine

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import real_model
-from benchmarks.common import Spread, emit, measurement, read_prompts
+from benchmarks.common import Spread, emit, measurement
+from benchmarks.workload import read_prompts
 from llmcad_actors.bundled import bundled_draft, cache_folder, demo_target
 from llmcad_actors.cli import reports_errors
 from llmcad_actors.engine import Engine

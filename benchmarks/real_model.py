@@ -77,6 +77,18 @@ def large(size_bytes: int = LARGE_BYTES) -> Path:
     return enlarge(target(), folder() / f"large-{size_bytes}", target_bytes=size_bytes)
 
 
+def paths(which: str | None = None, *, is_large: bool = False) -> tuple[Path, Path | None]:
+    """The model, or its enlarged copy, and a draft: `4bit` (the default), `3bit`, `random`, `none`, or a directory."""
+    drafts: dict[str, Callable[[], Path | None]] = {
+        "4bit": lambda: draft(4),
+        "3bit": lambda: draft(3),
+        "random": random_draft,
+        "none": lambda: None,
+    }
+    which = which or "4bit"
+    return large() if is_large else target(), drafts[which]() if which in drafts else Path(which)
+
+
 def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """Each run of 32 weights rounded to whole multiples of (its largest magnitude) / (2^(bits-1) - 1)."""
     groups = weight.float().reshape(-1, GROUP)

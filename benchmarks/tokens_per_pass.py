@@ -1,16 +1,19 @@
-"""How many tokens does a pass yield? The bundled pair over the prompts, for several tree sizes and policies.
+"""How many tokens does a pass yield, by draft, tree size and policy?
 
     python -m benchmarks.tokens_per_pass [--prompts 16] [--tokens 96] [--nodes 128] [--fallback full-tree]
+    python -m benchmarks.tokens_per_pass --real [--draft 4bit|3bit|random] [--questions FILE]
 
 The figure does not depend on the disk: the bundled target, which fits, gives it in a minute, and the demo's target
-computes the same function (in bfloat16 up to rounding).
+computes the same function. So it is with the published model and its enlarged copy.
 """
 
 from typing import Annotated
 
 import typer
+from rich.progress import track
 
-from benchmarks.common import BUNDLED, Spread, emit, measurement, model_paths, read_prompts
+from benchmarks import workload
+from benchmarks.common import BUNDLED, Spread, emit, measurement, screen
 from llmcad_actors.cli import reports_errors
 from llmcad_actors.engine import Engine
 
@@ -18,16 +21,19 @@ from llmcad_actors.engine import Engine
 @reports_errors
 def main(
     target: Annotated[str, typer.Option(help="`bundled`, `demo`, or a model directory.")] = BUNDLED,
-    draft: Annotated[str | None, typer.Option(help="Draft directory; default: the bundled one.")] = None,
-    prompts: Annotated[int, typer.Option(help="How many of the prompts.")] = 16,
-    tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 96,
+    draft: workload.Draft = None,
+    prompts: Annotated[int, typer.Option(min=1, help="How many texts.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per text.")] = 96,
     nodes: Annotated[int, typer.Option(help="Tree nodes at most.")] = 128,
     fallback: Annotated[str, typer.Option(help="Fallback policy.")] = "full-tree",
     memory: Annotated[str, typer.Option(help="Memory cap.")] = "2GB",
     sharpen: Annotated[bool, typer.Option(help="Learn how much surer the target is than the draft.")] = True,
+    real: workload.Real = False,
+    large: workload.Large = False,
+    questions: workload.Questions = None,
 ) -> None:
     """Print one JSON line: tokens per pass over all prompts together, and its spread over prompts."""
-    path, draft_path = model_paths(target, draft)
+    work = workload.chosen(target, draft, prompts, real=real, large=large, questions=questions)
     settings = {
         "memory": memory,
         "max_nodes": nodes,
@@ -35,8 +41,11 @@ def main(
         "provisional": False,
         "sharpen": sharpen,
     }
-    with Engine.launch(path, draft_path, **settings) as engine:  # type: ignore[arg-type]
-        stats = [engine.generate(text, max_new_tokens=tokens).stats for text in read_prompts(prompts)]
+    with Engine.launch(work.target, work.draft, **settings) as engine:  # type: ignore[arg-type]
+        stats = [
+            engine.generate(text, max_new_tokens=tokens, chat=work.is_chat).stats
+            for text in track(work.texts, "texts", console=screen)
+        ]
     total = sum(s.new_tokens for s in stats) / sum(s.target_passes for s in stats)
     values = {
         "tokens_per_pass": round(total, 3),
@@ -44,7 +53,7 @@ def main(
         "draft_steps_per_pass": sum(s.draft_steps for s in stats) / sum(s.target_passes for s in stats),
         "verified_nodes_per_pass": sum(s.verified_nodes for s in stats) / sum(s.target_passes for s in stats),
     }
-    config = {"target": target, "prompts": prompts, "tokens": tokens, **settings}
+    config = {**work.config(), "tokens": tokens, **settings}
     emit(measurement("tokens_per_pass", values, config=config, cache_state="resident"))
 
 

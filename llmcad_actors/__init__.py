@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         TokenizerError,
         UserError,
     )
+    from llmcad_actors.lossless import LosslessCheck
     from llmcad_actors.results import Piece, Result, Status
 
     __version__: str
@@ -36,6 +37,7 @@ _ERRORS = (
 _HOMES = {
     "Engine": "engine",
     "EngineConfig": "config",
+    "LosslessCheck": "lossless",
     "Piece": "results",
     "Result": "results",
     "Stats": "core.stats",
@@ -52,6 +54,7 @@ __all__ = [
     "EngineClosedError",
     "EngineConfig",
     "LlmcadError",
+    "LosslessCheck",
     "MemoryCapError",
     "OverBudgetError",
     "Piece",

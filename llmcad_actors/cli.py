@@ -27,6 +27,7 @@ from llmcad_actors.cli_options import (
     RESOURCES,
     AsJson,
     Chat,
+    CheckLossless,
     MaxNewTokens,
     Quiet,
     Stop,
@@ -37,7 +38,7 @@ from llmcad_actors.cli_options import (
 )
 from llmcad_actors.cli_prompt import STANDARD_INPUT, PromptCommand, prompt_text
 from llmcad_actors.core.sizes import parse_file_size
-from llmcad_actors.errors import LlmcadError
+from llmcad_actors.errors import ConfigError, LlmcadError
 from llmcad_actors.interruption import exit_code, told_by
 from llmcad_actors.prompt import check_prompt
 from llmcad_actors.shorthand import DEMO_MEMORY
@@ -120,6 +121,7 @@ def generate(
     as_json: AsJson = False,
     quiet: Quiet = False,
     trace: TraceFile = None,
+    check_lossless: CheckLossless = False,
 ) -> None:
     """Continue a text with a model bigger than the memory cap; the text streams as it is accepted."""
     from llmcad_actors.trace_file import check_writable
@@ -128,6 +130,8 @@ def generate(
     for name, given in (("the prompt", prompt), *(("--stop", each) for each in stop or ())):
         check_text(given, name)
     job = make_job()
+    if check_lossless and job.draft is None:
+        raise ConfigError("--check-lossless decodes again without the draft, and there is none; give one with --draft")
     text = prompt_text(prompt)
     if not (text or chat):  # refused before anything starts, if at all
         job.opening()
@@ -135,7 +139,8 @@ def generate(
     from llmcad_actors.cli_runs import run_generate
 
     options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "chat": chat, "trace": trace}
-    run_generate(job, text, as_json=as_json, quiet=quiet, **options)
+    if not run_generate(job, text, as_json=as_json, quiet=quiet, checks=check_lossless, **options):
+        raise typer.Exit(1)
 
 
 @app.command(epilog=epilog("plan"), rich_help_panel=RUN)

@@ -163,6 +163,14 @@ AsJson = Annotated[
 Quiet = Annotated[
     bool, _option("--quiet", "-q", panel=OUTPUT, text="No status line while it runs, no summary at the end.")
 ]
+CheckLossless = Annotated[
+    bool,
+    _option(
+        "--check-lossless",
+        panel=OUTPUT,
+        text="Decode again without the draft, and compare; exit code 1 where the texts differ.",
+    ),
+]
 TraceFile = Annotated[
     Path | None, _option("--trace", panel=OUTPUT, text="Write what every part does to this file; see `llmcad trace`.")
 ]

@@ -19,15 +19,55 @@ from llmcad_actors.core.budget import format_size
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.engine import Engine
 from llmcad_actors.errors import LlmcadError
+from llmcad_actors.lossless import LosslessCheck
 from llmcad_actors.planning import Prepared
 from llmcad_actors.results import Result
 from llmcad_actors.status import StatusLine, summary
 
 
-def run_generate(job: Prepared, prompt: str, *, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Start an engine and continue `prompt`; options as for `Engine.stream`."""
+def run_generate(job: Prepared, prompt: str, *, as_json: bool, quiet: bool, checks: bool, **options: Any) -> bool:
+    """Start an engine and continue `prompt`; options as for `Engine.stream`.
+
+    checks: decode again without the draft. Returns False where the text turns out not to be the target's own.
+    """
     with running(job, as_json=as_json, quiet=quiet) as (engine, line, account):
-        generate(engine, line, account, prompt, as_json=as_json, quiet=quiet, **options)
+        return generate(engine, line, account, prompt, as_json=as_json, quiet=quiet, checks=checks, **options)
+
+
+def generate(
+    engine: Engine,
+    line: StatusLine,
+    account: Account,
+    prompt: str,
+    *,
+    as_json: bool,
+    quiet: bool,
+    checks: bool = False,
+    **options: Any,
+) -> bool:
+    """One request, from its first piece to what is said at its end; as `run_generate`."""
+    result = stream(engine, line, account, prompt, show=not as_json, **options)
+    found = check(engine, line, result, prompt, **options) if checks else None
+    account.give(result, **({} if found is None else {"lossless": found.as_dict()}))
+    if is_told := not (as_json or quiet):
+        tell(idle_draft(account.job, result.stats))
+        say(summary(result.stats), style="dim")
+    if found is None:
+        return True
+    if is_told or not found.is_same:
+        say(str(found), style="bold" if found.holds else "bold red")
+    return found.holds
+
+
+def check(
+    engine: Engine, line: StatusLine, result: Result, prompt: str, *, max_new_tokens: int, chat: bool, **others: Any
+) -> LosslessCheck:
+    """`Engine.check_lossless`, with the status line; `others` are options of the first decoding alone."""
+    try:
+        with line.following(engine, "now plainly, to compare"):
+            return engine.check_lossless(result, prompt, max_new_tokens=max_new_tokens, chat=chat)
+    finally:
+        line.end()
 
 
 def run_demo(
@@ -59,17 +99,6 @@ def running(job: Prepared, *, as_json: bool, quiet: bool) -> Iterator[tuple[Engi
         account.guarded(),  # the request: written before the engine is closed, which may take a while or break too
     ):
         yield engine, line, account
-
-
-def generate(
-    engine: Engine, line: StatusLine, account: Account, prompt: str, *, as_json: bool, quiet: bool, **options: Any
-) -> None:
-    """One request, from its first piece to what is said at its end."""
-    result = stream(engine, line, account, prompt, show=not as_json, **options)
-    account.give(result)
-    if not (as_json or quiet):
-        tell(idle_draft(account.job, result.stats))
-        say(summary(result.stats), style="dim")
 
 
 def stream(engine: Engine, line: StatusLine, account: Account, prompt: str, *, show: bool, **options: Any) -> Result:

@@ -1,9 +1,17 @@
 """A text with speculation beside the beginning of the same without: whether they are the same, and how much faster."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmcad_actors.results import Result
+
+
+def parting(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
+    """Index of the first token that is not the same, or that only one of the texts has; None for equal texts."""
+    pairs = enumerate(itertools.zip_longest(ours, theirs))
+    return next((at for at, (a, b) in pairs if a != b), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,14 +24,9 @@ class Comparison:
     @property
     def difference(self) -> int | None:
         """Index of the first token that differs, or that only one of them has though the other was not cut short."""
-        ours, theirs = self.fast.token_ids, self.plain.token_ids
-        for at, (a, b) in enumerate(zip(ours, theirs, strict=False)):
-            if a != b:
-                return at
-        if len(ours) == len(theirs):
-            return None
         shorter = min(self.fast, self.plain, key=lambda result: len(result.token_ids))
-        return None if shorter.finish_reason == "length" else len(shorter.token_ids)
+        at = parting(self.fast.token_ids, self.plain.token_ids)
+        return None if at == len(shorter.token_ids) and shorter.finish_reason == "length" else at
 
     @property
     def is_same(self) -> bool:

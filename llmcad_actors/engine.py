@@ -4,19 +4,21 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from typing import Any, Self, Unpack
 
 import llmcad_actors.errors as errors
 from llmcad_actors import checks
 from llmcad_actors.actors.calls import fetch
+from llmcad_actors.actors.coordinator import PASS_TIMEOUT_S
 from llmcad_actors.actors.guard import Guard
 from llmcad_actors.actors.lean_ray import LocalRay
 from llmcad_actors.actors.memory import MemoryWatcher, process_pss
 from llmcad_actors.actors.own_ray import end_ray, start_ray
 from llmcad_actors.actors.runtime import Actors, start_actors
 from llmcad_actors.admission import Admission, admit
+from llmcad_actors.comparison import parting
 from llmcad_actors.config import EngineConfig, Settings, documents_settings, setting_names
 from llmcad_actors.core.overrun import Overrun
 from llmcad_actors.core.stats import Stats
@@ -29,6 +31,8 @@ from llmcad_actors.errors import (
     RuntimeFailure,
     StorageError,
 )
+from llmcad_actors.footprint import target_dtype
+from llmcad_actors.lossless import Difference, LosslessCheck
 from llmcad_actors.messages import Event, Failed, Finished, Progress, Provisional, Request, Tokens, pack, unpack
 from llmcad_actors.models.tokenizer import Detokenizer, StopStrings
 from llmcad_actors.planning import Prepared, prepare
@@ -234,6 +238,45 @@ class Engine:
         )
         self._turn.check()
         return self._stream(options, self._request(options))
+
+    def check_lossless(
+        self, result: Result, prompt: str, *, max_new_tokens: int = 128, chat: bool = False
+    ) -> LosslessCheck:
+        """Decode `prompt` again, from its first token on, plainly: is `result` the target's own text?
+
+        `result` is what `generate` or `stream` gave for it, with the same options. (Stop strings need not be given: the
+        tokens before them are compared.) Takes a pass for each token, until a token differs; `stats` are of these
+        passes afterwards. Raises as `generate`.
+        """
+        options = RequestOptions(prompt, max_new_tokens=max_new_tokens, chat=chat, speculate=False)
+        with self._turn.request():
+            request = self._request(options)
+            plain = self._plainly(options, request, result)
+            at = parting(result.token_ids, plain)
+            difference = None if at is None else self._difference(result.token_ids, plain, at)
+            return LosslessCheck(len(plain), target_dtype(self.prepared.config), difference)
+
+    def _plainly(self, options: RequestOptions, request: Request, result: Result) -> tuple[int, ...]:
+        """The tokens of the plain text, as far as they are those of `result`, and the first that is not."""
+        self._call("the coordinator", self._actors.coordinator.cancel)  # it may go on behind a stop string
+        self._call("the target", self._actors.verifier.forget, timeout_s=PASS_TIMEOUT_S)
+        found: tuple[int, ...] = ()
+        with closing(self._run(options, request)) as pieces:
+            for piece in pieces:
+                found += piece.token_ids
+                is_all = found == result.token_ids and result.finish_reason == "stop"  # the stop may be a string
+                if is_all or found != result.token_ids[: len(found)]:
+                    break
+        return found
+
+    def _difference(self, ours: Sequence[int], plain: Sequence[int], at: int) -> Difference:
+        pair = [ids[at] if at < len(ids) else None for ids in (ours, plain)]
+        texts = [None if i is None else self._tokenizer.decode([i], skip_special_tokens=False) for i in pair]
+        if None in pair:
+            return Difference(at, tuple(pair), tuple(texts), None)
+        arguments = pack(tuple(plain[:at])), pack(tuple(pair))
+        logits = self._call("a pass", self._actors.verifier.logits_after, *arguments, timeout_s=PASS_TIMEOUT_S)
+        return Difference(at, tuple(pair), tuple(texts), unpack(logits))
 
     @property
     def stats(self) -> Stats:

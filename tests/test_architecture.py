@@ -127,6 +127,7 @@ PUBLIC = [
     "EngineClosedError",
     "EngineConfig",
     "LlmcadError",
+    "LosslessCheck",
     "MemoryCapError",
     "OverBudgetError",
     "Piece",

@@ -72,6 +72,13 @@ class VerifierActor:
         self._num_passes += 1
         return pack(verdict)
 
+    def forget(self) -> None:
+        self._target.forget()
+
+    def logits_after(self, output: bytes, tokens: bytes) -> bytes:
+        """Of a few tokens: whole rows of logits never leave this process."""
+        return pack(self._target.logits_after(unpack(output), unpack(tokens)))
+
     def trace(self, keep_on: bool) -> bytes:
         """What was recorded since the last call; record on, or stop."""
         return pack(self._recorder.drain(keep_on=keep_on))

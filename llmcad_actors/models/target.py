@@ -7,7 +7,7 @@ from a `ShardSource`.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class Target:
         self._stack = stack_of(model, checkpoint.generation_settings)
         self._cache = TreeCache(len(layout.layers), capacity)
         self._tokens: list[int] = []  # committed; the last is the root, which the cache does not hold
+        self._prompt_length = 0  # of them
         self._stop: frozenset[int] = frozenset()
         self._rules = active_rules(checkpoint.generation_settings, layout.embedding.shape[0])
         self._processors = LogitsProcessorList()
@@ -145,10 +146,9 @@ class Target:
 
         max_new_tokens: where a forced last token would stand; None: as many as the cache holds.
         """
-        held, text = self._tokens[: self._cache.length], self._stack.begin(prompt)
-        shared = common_prefix(held, text[:-1])
-        self._cache.keep(shared, ())
-        self._tokens = list(text)
+        text = self._stack.begin(prompt)
+        shared = self._go_on_from(text)
+        self._prompt_length = len(text)
         self._stop = frozenset(stop_tokens)
         max_length = self._cache.capacity if max_new_tokens is None else len(text) + max_new_tokens
         self._processors = make_processors(
@@ -167,7 +167,7 @@ class Target:
         cached = self._cache.length
         pending = self._tokens[cached:]
         try:
-            with linear.cores(self.dtype) if self._is_widened else nullcontext():
+            with self._multiplying():
                 hidden, rows = self._forward(pending, tree)
                 choices = self._choices(hidden[len(pending) - 1 : len(pending) + len(tree)], tree)
                 accepted = walk(tree, choices, self._stop)
@@ -181,6 +181,41 @@ class Target:
         seconds = time.perf_counter() - started
         stats = PassStats(seconds, self._stall_s, seconds - self._stall_s, rows)
         return Verdict(accepted.path, accepted.bonus, accepted.stopped, stats)
+
+    def _go_on_from(self, text: Sequence[int]) -> int:
+        """`text` is committed, and of the cache what belongs to it stays; returns so many rows."""
+        shared = common_prefix(self._tokens[: self._cache.length], text[:-1])
+        self._cache.keep(shared, ())
+        self._tokens = list(text)
+        return shared
+
+    def forget(self) -> None:
+        """Hold no row of the last text: whatever prompt comes next is computed anew."""
+        self._cache.keep(0, ())
+
+    @torch.inference_mode()
+    def logits_after(self, output: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        """The logits of `tokens` behind the last prompt and `output`, as the choice there sees them: rules included.
+
+        Rows of this text that the cache holds are used: behind a plain run only the last one is computed, alone, as it
+        was in that run. Raises as `verify`.
+        """
+        text = [*self._tokens[: self._prompt_length], *output]
+        cached = self._go_on_from(text)
+        try:
+            with self._multiplying():
+                hidden, _ = self._forward(text[cached:], TokenTree.empty())
+                scores = self._logits(hidden[len(text) - 1 - cached][None]).float()
+            self._checkpoint.check_unchanged()
+        finally:
+            self._cache.keep(cached, ())
+        scores = self._processors(torch.tensor([text]), scores)
+        found: list[float] = scores[0, list(tokens)].tolist()
+        return found
+
+    def _multiplying(self) -> AbstractContextManager[None]:
+        """Around the products of a pass."""
+        return linear.cores(self.dtype) if self._is_widened else nullcontext()
 
     def _forward(self, pending: list[int], tree: TokenTree) -> tuple[torch.Tensor, int]:
         """Final hidden states [rows, hidden] of the pending tokens and the tree."""

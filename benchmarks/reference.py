@@ -1,4 +1,4 @@
-"""Prompts to compare texts on, as token ids, and what transformers makes of them, kept from one run to the next."""
+"""What transformers makes of a prompt: the texts to compare with, kept from one run to the next."""
 
 import hashlib
 import json
@@ -13,18 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import screen
 from llmcad_actors.bundled import cache_folder
-from llmcad_actors.errors import StorageError
 
 Ids = tuple[int, ...]
-
-
-def read_questions(file: Path, count: int) -> list[str]:
-    """The first turns of `count` questions, evenly spread over a file such as Spec-Bench's: lines with `turns`."""
-    try:
-        found = [json.loads(line)["turns"][0] for line in file.read_text().splitlines()]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise StorageError(f"{file} has no lines with `turns`: {error!r}") from None
-    return [found[i * len(found) // count] for i in range(min(count, len(found)))]
 
 
 def prompt_ids(path: Path, texts: Sequence[str], *, chat: bool) -> list[Ids]:
