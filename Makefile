@@ -16,7 +16,7 @@ setup: $(STAMP)
 
 # The stamp makes a second call quick; a changed file installs again. torch comes first and alone, by pip: it is the
 # largest by far, and which of its builds is taken is pip's configuration to say. uv installs the rest in half pip's time.
-$(STAMP): pyproject.toml constraints.txt $(wildcard llmcad_actors/native/*.[ch])
+$(STAMP): pyproject.toml constraints.txt $(wildcard llmcad_actors/kernels/*.[ch])
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt uv setuptools
@@ -50,7 +50,7 @@ test-latest:
 
 # The kernels' own checks for 64-bit ARM, compiled by a cross compiler and run under an emulator. Not part of CI.
 test-arm:
-	tests/native/test_arm.sh
+	tests/kernels/test_arm.sh
 
 # A published model in the cache folder, and copies of it to draft with: to judge by. Fetched by pip, once.
 real-model: setup

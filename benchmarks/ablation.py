@@ -25,15 +25,15 @@ from rich.table import Table
 from benchmarks import workload
 from benchmarks.common import Spread, emit, measurement, screen
 from benchmarks.workload import Workload
-from llmcad_actors.bundled import demo_draft
-from llmcad_actors.cli import reports_errors
+from llmcad_actors.cli.commands import reports_errors
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.sizes import parse_size
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.engine import Engine
 from llmcad_actors.results import Result
-from llmcad_actors.trace_file import read_trace
-from llmcad_actors.trace_views import disk_idle_share
+from llmcad_actors.tools.bundled import demo_draft
+from llmcad_actors.trace.file import read_trace
+from llmcad_actors.trace.views import disk_idle_share
 
 TABLE_WIDTH = 120
 DEFAULTS = EngineConfig(target="")

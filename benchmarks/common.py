@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from llmcad_actors.bundled import DEMO, bundled_draft, bundled_target, demo_target
-from llmcad_actors.doctor_figures import cpu_model
+from llmcad_actors.machine.figures import cpu_model
+from llmcad_actors.tools.bundled import DEMO, bundled_draft, bundled_target, demo_target
 
 HERE = Path(__file__).parent
 

@@ -28,7 +28,7 @@ from benchmarks import workload
 from benchmarks.common import BUNDLED, emit, measurement, screen
 from benchmarks.reference import Ids, logits_behind, prompt_ids, reference
 from benchmarks.workload import Workload
-from llmcad_actors.cli import reports_errors
+from llmcad_actors.cli.commands import reports_errors
 from llmcad_actors.config import Settings
 from llmcad_actors.engine import Engine
 

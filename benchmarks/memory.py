@@ -34,12 +34,12 @@ from benchmarks.cgroups import MemoryCgroup, memory_cgroup
 from benchmarks.common import emit, measurement, model_paths
 from benchmarks.memory_run import NO_DRAFT
 from benchmarks.vocabularies import pair
-from llmcad_actors.cli import reports_errors
+from llmcad_actors.cli.commands import reports_errors
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import format_size, parse_size, smallest_cap
-from llmcad_actors.footprint import budget_inputs
-from llmcad_actors.limits import memory_limit
-from llmcad_actors.planning import prepare
+from llmcad_actors.machine.limits import memory_limit
+from llmcad_actors.plan.footprint import budget_inputs
+from llmcad_actors.plan.job import prepare
 
 screen = Console(stderr=True)
 TABLE_WIDTH = 120

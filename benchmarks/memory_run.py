@@ -13,11 +13,11 @@ from typing import Any, Self
 import psutil
 
 from benchmarks.workload import read_prompts
-from llmcad_actors.actors.memory import by_group
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.engine import Engine
 from llmcad_actors.errors import MemoryCapError
-from llmcad_actors.planning import prepare
+from llmcad_actors.machine.memory import by_group
+from llmcad_actors.plan.job import prepare
 from llmcad_actors.results import Result
 
 NO_DRAFT = "none"

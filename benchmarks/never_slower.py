@@ -17,11 +17,12 @@ import typer
 from benchmarks import real_model
 from benchmarks.common import Spread, emit, measurement
 from benchmarks.workload import read_prompts
-from llmcad_actors.bundled import bundled_draft, cache_folder, demo_target
-from llmcad_actors.cli import reports_errors
+from llmcad_actors.cli.commands import reports_errors
 from llmcad_actors.engine import Engine
 from llmcad_actors.errors import ConfigError
+from llmcad_actors.machine.cache import cache_folder
 from llmcad_actors.results import Result
+from llmcad_actors.tools.bundled import bundled_draft, demo_target
 
 IN_MEMORY, STREAMED = "5GB", "1.5GB"
 

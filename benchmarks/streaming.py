@@ -21,12 +21,12 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.common import Spread, emit, measurement, model_paths
-from llmcad_actors.cli import reports_errors
+from llmcad_actors.cli.commands import reports_errors
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import parse_size
 from llmcad_actors.engine import Engine
 from llmcad_actors.errors import ConfigError
-from llmcad_actors.planning import Prepared, prepare
+from llmcad_actors.plan.job import Prepared, prepare
 from llmcad_actors.storage.pieces import Piece, pieces_of
 from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader, TokenBucket, buffer_bytes
 

@@ -14,7 +14,7 @@ from rich.progress import track
 
 from benchmarks import workload
 from benchmarks.common import BUNDLED, Spread, emit, measurement, screen
-from llmcad_actors.cli import reports_errors
+from llmcad_actors.cli.commands import reports_errors
 from llmcad_actors.engine import Engine
 
 

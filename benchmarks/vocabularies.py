@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from llmcad_actors.bundled import cache_folder
+from llmcad_actors.machine.cache import cache_folder
 
 END, UNKNOWN = "<|end|>", "<unk>"
 ONSETS = (*"bcdfghjklmnprstvwz", "br", "st", "tr", "ch", "sh", "pl", "gr")

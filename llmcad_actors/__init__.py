@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmcad_actors.config import EngineConfig
+    from llmcad_actors.core.lossless import LosslessCheck
     from llmcad_actors.core.stats import Stats
     from llmcad_actors.engine import Engine
     from llmcad_actors.errors import (
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
         TokenizerError,
         UserError,
     )
-    from llmcad_actors.lossless import LosslessCheck
     from llmcad_actors.results import Piece, Result, Status
 
     __version__: str
@@ -37,7 +37,7 @@ _ERRORS = (
 _HOMES = {
     "Engine": "engine",
     "EngineConfig": "config",
-    "LosslessCheck": "lossless",
+    "LosslessCheck": "core.lossless",
     "Piece": "results",
     "Result": "results",
     "Stats": "core.stats",
@@ -70,7 +70,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.import_module(f"{__name__}.versions").own_version()
+        return importlib.import_module(f"{__name__}.machine.versions").own_version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -9,7 +9,7 @@ from typing import Any, TypedDict, TypeVar
 
 import yaml
 
-from llmcad_actors import checks
+from llmcad_actors.core import checks
 from llmcad_actors.core.quoting import quoted, shown
 from llmcad_actors.errors import ConfigError
 from llmcad_actors.storage.small_file import read_small

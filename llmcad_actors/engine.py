@@ -9,20 +9,18 @@ from dataclasses import replace
 from typing import Any, Self, Unpack
 
 import llmcad_actors.errors as errors
-from llmcad_actors import checks
 from llmcad_actors.actors.calls import fetch
 from llmcad_actors.actors.coordinator import PASS_TIMEOUT_S
 from llmcad_actors.actors.guard import Guard
 from llmcad_actors.actors.lean_ray import LocalRay
-from llmcad_actors.actors.memory import MemoryWatcher, process_pss
 from llmcad_actors.actors.own_ray import end_ray, start_ray
 from llmcad_actors.actors.runtime import Actors, start_actors
-from llmcad_actors.admission import Admission, admit
-from llmcad_actors.comparison import parting
+from llmcad_actors.actors.tracing import traced
 from llmcad_actors.config import EngineConfig, Settings, documents_settings, setting_names
+from llmcad_actors.core import checks
+from llmcad_actors.core.lossless import Difference, LosslessCheck, parting
 from llmcad_actors.core.overrun import Overrun
 from llmcad_actors.core.stats import Stats
-from llmcad_actors.disk_settings import meet_disk
 from llmcad_actors.errors import (
     ActorFailure,
     DeadlineError,
@@ -31,16 +29,16 @@ from llmcad_actors.errors import (
     RuntimeFailure,
     StorageError,
 )
-from llmcad_actors.footprint import target_dtype
-from llmcad_actors.lossless import Difference, LosslessCheck
+from llmcad_actors.machine.memory import MemoryWatcher, process_pss
 from llmcad_actors.messages import Event, Failed, Finished, Progress, Provisional, Request, Tokens, pack, unpack
-from llmcad_actors.models.tokenizer import Detokenizer, StopStrings
-from llmcad_actors.planning import Prepared, prepare
-from llmcad_actors.prompt import room_behind
+from llmcad_actors.plan.admission import Admission, admit
+from llmcad_actors.plan.footprint import target_dtype
+from llmcad_actors.plan.job import Prepared, prepare
+from llmcad_actors.plan.prompt import room_behind
 from llmcad_actors.request_options import RequestOptions
 from llmcad_actors.results import Piece, Result, Status
-from llmcad_actors.tokenizer_child import LoadedTokenizer, give_back_memory, load_tokenizer
-from llmcad_actors.tracing import traced
+from llmcad_actors.text.tokenizer import Detokenizer, StopStrings
+from llmcad_actors.text.tokenizer_child import LoadedTokenizer, give_back_memory, load_tokenizer
 from llmcad_actors.turn import CLOSED, Turn
 
 LOG = logging.getLogger("llmcad_actors")  # by default its warnings go to standard error
@@ -141,7 +139,6 @@ class Engine:
             watcher = MemoryWatcher(os.getpid(), baseline_bytes=baseline, overrun=overrun)
             for notice in prepared.notices:
                 say(notice)
-            meet_disk(prepared.config, prepared.target, say)
             text = load_tokenizer(prepared.target.path)  # first: loading takes more than what stays
             say("starting Ray")
             ray_ = start_ray(prepared.memory.store_bytes)

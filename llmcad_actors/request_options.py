@@ -4,8 +4,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmcad_actors import checks
-from llmcad_actors.trace_file import check_writable
+from llmcad_actors.core import checks
+from llmcad_actors.trace.file import check_writable
 
 MOST_TOKENS = 10**12
 

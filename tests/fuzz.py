@@ -103,7 +103,7 @@ class Tally:
 
 def work(folder: Path) -> None:
     """Cases from standard input, an outcome a line to standard output."""
-    from llmcad_actors.cli import app  # with all that planning needs, before memory is measured
+    from llmcad_actors.cli.commands import app  # with all that planning needs, before memory is measured
 
     os.environ["LLMCAD_CACHE"] = str(folder / "cache")
     sound, pid = Sound.at(folder / "sound"), os.getpid()

@@ -92,7 +92,7 @@ def _save_trace(path: Path) -> None:
     from llmcad_actors.core.trace import TraceBatch
     from llmcad_actors.core.tree import TokenTree
     from llmcad_actors.messages import pack
-    from llmcad_actors.trace_file import TraceHeader, TraceWriter
+    from llmcad_actors.trace.file import TraceHeader, TraceWriter
 
     settings = {"memory": "1GB", "widths": (1, 3)}
     header = TraceHeader("/models/none", None, settings, (3, 7), 100, 10.0, "2025-01-01T00:00:00+00:00", "0")
@@ -124,7 +124,7 @@ def _save_trace(path: Path) -> None:
 
 def figures(place: Path) -> Json:
     flops = {"float32": {"1": 1e10, "64": 1e11}, "bfloat16": {"1": 1e10, "64": 2e11}}
-    from llmcad_actors.doctor_figures import VERSION, cpu_name, device_of
+    from llmcad_actors.machine.figures import VERSION, cpu_name, device_of
 
     rate = {"threads": 2, "chunk_bytes": 8388608, "bytes_per_s": 1e9}
     disk = {**rate, "is_direct": True, "rates": [rate]}

@@ -13,15 +13,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llmcad_actors.bundled import cache_folder
-from llmcad_actors.cli import app
+from llmcad_actors.cli.commands import app
 from llmcad_actors.config import EngineConfig, read_config
-from llmcad_actors.doctor_figures import Figures, figures_file, figures_for
 from llmcad_actors.errors import CheckpointError, ConfigError, UserError
+from llmcad_actors.machine.cache import cache_folder
+from llmcad_actors.machine.figures import Figures, figures_file, figures_for
 from llmcad_actors.models.draft import DraftModel
 from llmcad_actors.models.skeleton import build_skeleton
-from llmcad_actors.planning import prepare
-from llmcad_actors.trace_file import read_trace
+from llmcad_actors.plan.job import prepare
+from llmcad_actors.trace.file import read_trace
 from tests import encoder_decoder_cases, family_cases
 from tests.fuzz_files import figures
 from tests.tiny import BYTE_VOCAB, tiny_llama

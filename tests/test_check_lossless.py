@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from llmcad_actors import Engine, cli_runs
+from llmcad_actors import Engine
 from llmcad_actors.actors.calls import fetch
 from llmcad_actors.actors.lean_ray import LocalRay
-from llmcad_actors.cli import app
+from llmcad_actors.cli import runs as cli_runs
+from llmcad_actors.cli.commands import app
+from llmcad_actors.core.lossless import Difference, LosslessCheck
 from llmcad_actors.core.trace import TraceBatch
-from llmcad_actors.lossless import Difference, LosslessCheck
 from llmcad_actors.messages import unpack
-from llmcad_actors.planning import Prepared
+from llmcad_actors.plan.job import Prepared
 from llmcad_actors.results import Piece, Result
 from tests.actors.engines import TEMPLATE, job
 from tests.encoder_decoder_cases import CASES, plain_pair

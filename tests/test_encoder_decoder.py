@@ -19,11 +19,11 @@ from llmcad_actors.core.fallback import FixedTree
 from llmcad_actors.core.fixed_expansion import FixedExpansion
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError, ConfigError
-from llmcad_actors.footprint import encoded_bytes
+from llmcad_actors.families.families import family_of
 from llmcad_actors.models.draft import Draft, DraftModel
-from llmcad_actors.models.families import family_of
 from llmcad_actors.models.stacks import EncoderDecoder, start_token
-from llmcad_actors.planning import prepare
+from llmcad_actors.plan.footprint import encoded_bytes
+from llmcad_actors.plan.job import prepare
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import layout_of
 from tests.actors.engines import job

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from llmcad_actors.bundled import bundled_draft, bundled_target
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.builders import make_builder
 from llmcad_actors.core.costs import CostModel
@@ -18,8 +17,9 @@ from llmcad_actors.loop import Learnt, decode
 from llmcad_actors.messages import Event, Finished, Request, Tokens
 from llmcad_actors.models.draft import Draft, DraftModel
 from llmcad_actors.models.target import Target
-from llmcad_actors.planning import Prepared, prepare
+from llmcad_actors.plan.job import Prepared, prepare
 from llmcad_actors.ports import Verifier
+from llmcad_actors.tools.bundled import bundled_draft, bundled_target
 from tests.fakes import LocalDrafter, LocalVerifier, MemoryShards, Scripted, TickingClock
 from tests.plain import Plain, encode
 from tests.tiny import BYTE_VOCAB, tiny_llama

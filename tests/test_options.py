@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmcad_actors import Engine, EngineConfig
-from llmcad_actors.bundled import bundled_draft, bundled_target
 from llmcad_actors.config import Settings, setting_names
 from llmcad_actors.core.quoting import quoted
 from llmcad_actors.errors import ConfigError, LlmcadError, MemoryCapError
-from llmcad_actors.planning import prepare
+from llmcad_actors.plan.job import prepare
+from llmcad_actors.plan.shorthand import spelled_out
 from llmcad_actors.request_options import RequestOptions
-from llmcad_actors.shorthand import spelled_out
+from llmcad_actors.tools.bundled import bundled_draft, bundled_target
 
 OPENING = ("target", "draft", "memory")
 
@@ -158,7 +158,7 @@ def test_launching_the_demo_takes_the_word_as_the_command_line_does(
 ) -> None:
     with pytest.raises(MemoryCapError, match="too small"):
         Engine.launch(bundled_target(), draft="none", memory=1_000_000)
-    monkeypatch.setattr("llmcad_actors.bundled.PAIR", tmp_path)
+    monkeypatch.setattr("llmcad_actors.tools.bundled.PAIR", tmp_path)
     monkeypatch.setenv("LLMCAD_CACHE", str(tmp_path))
     with pytest.raises(LlmcadError, match=str(tmp_path / "target")):  # what would be enlarged, which is absent here
         Engine.launch("demo", memory=1_000_000)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.streaming import bench, combinations, draw, labels
-from llmcad_actors.bundled import bundled_target
+from llmcad_actors.tools.bundled import bundled_target
 from tests.actors.engines import job
 
 

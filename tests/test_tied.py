@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmcad_actors.core.tree import TokenTree
-from llmcad_actors.enlarge import enlarge
+from llmcad_actors.families.families import FAMILIES, family_of
 from llmcad_actors.models.draft import DraftModel
-from llmcad_actors.models.families import FAMILIES, family_of
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import layout_of
+from llmcad_actors.tools.enlarge import enlarge
 from tests import encoder_decoder_cases, family_cases
 from tests.encoder_decoder_cases import plain_pair
 from tests.models.checkpoints import target_of

@@ -14,8 +14,8 @@ from benchmarks.lossless import Texts, differences
 from benchmarks.real_model import NAME
 from benchmarks.reference import prompt_ids, reference
 from benchmarks.workload import QUESTIONS, Workload, chosen, read_prompts, read_questions
-from llmcad_actors.bundled import bundled_draft, bundled_target
 from llmcad_actors.errors import ConfigError, StorageError
+from llmcad_actors.tools.bundled import bundled_draft, bundled_target
 from tests.plain import Plain, encode
 from tests.tiny import tiny_llama, with_template
 

@@ -29,8 +29,8 @@ class DraftActor:
         thin_imports.install()
         import torch
 
+        from llmcad_actors.kernels.tensors import computing
         from llmcad_actors.models.draft import Draft, DraftModel
-        from llmcad_actors.models.tensors import computing
 
         quiet.after_imports()
         setup: DraftSpec = unpack(spec)

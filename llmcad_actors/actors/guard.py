@@ -7,7 +7,7 @@ from typing import Any
 from llmcad_actors.actors.calls import fetch
 from llmcad_actors.core.shedding import MemorySample, Shedding
 from llmcad_actors.errors import LlmcadError
-from llmcad_actors.limits import FreeMemory, free_memory
+from llmcad_actors.machine.limits import FreeMemory, free_memory
 
 ORDER_TIMEOUT_S = 10.0  # of an order that has been carried out
 

@@ -30,8 +30,8 @@ from llmcad_actors.actors import idle_agent
 from llmcad_actors.actors.calls import Line
 from llmcad_actors.actors.ray_log import VARIABLE, RayLog, speaking_to
 from llmcad_actors.errors import RuntimeFailure
-from llmcad_actors.limits import check_shared_memory
-from llmcad_actors.sessions import SessionFolder, log_folder, sweep
+from llmcad_actors.machine.limits import check_shared_memory
+from llmcad_actors.machine.sessions import SessionFolder, log_folder, sweep
 
 NUM_ACTORS = 4
 END_TIMEOUT_S = 5.0

@@ -24,8 +24,8 @@ class VerifierActor:
         thin_imports.install()
         import torch
 
+        from llmcad_actors.kernels.tensors import computing
         from llmcad_actors.models.target import Target
-        from llmcad_actors.models.tensors import computing
 
         quiet.after_imports()
         setup: VerifierSpec = unpack(spec)

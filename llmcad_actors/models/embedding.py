@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from llmcad_actors.core.budget import EMBEDDING_CACHE_BYTES
-from llmcad_actors.models.tensors import as_tensor
+from llmcad_actors.kernels.tensors import as_tensor
 from llmcad_actors.storage.checkpoint import TensorInfo
 from llmcad_actors.storage.reader import EmbeddingReader
 

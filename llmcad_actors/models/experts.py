@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from llmcad_actors.models.family import Family
+from llmcad_actors.families.family import Family
 
 T = TypeVar("T")
 Shape = tuple[int, ...]

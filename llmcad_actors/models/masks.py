@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from llmcad_actors.errors import CheckpointError
+from llmcad_actors.families.families import family_of
 from llmcad_actors.models.chunks import BuildMask, ChunkedMask
-from llmcad_actors.models.families import family_of
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 Masks = torch.Tensor | dict[str, torch.Tensor]

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from llmcad_actors.models.families import family_of
-from llmcad_actors.models.family import Family
+from llmcad_actors.families.families import family_of
+from llmcad_actors.families.family import Family
 from llmcad_actors.models.loading import reads_model
 from llmcad_actors.models.thin_imports import with_shapes
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from llmcad_actors.models.families import family_of
+from llmcad_actors.families.families import family_of
 
 
 def softcap_of(config: Any) -> float | None:

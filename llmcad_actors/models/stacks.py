@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
+from llmcad_actors.families.families import family_of
+from llmcad_actors.families.generation_rules import start_token
 from llmcad_actors.models.chunks import BuildMask
-from llmcad_actors.models.families import family_of
-from llmcad_actors.models.generation_rules import start_token
 from llmcad_actors.models.kv_cache import TreeCache
 from llmcad_actors.models.masks import Windows
 from llmcad_actors.models.tree_positions import TreePositions

@@ -19,19 +19,20 @@ from llmcad_actors.core.acceptance import Choices, walk
 from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError, LlmcadError
+from llmcad_actors.families.family import Family
+from llmcad_actors.families.generation_rules import active_rules
+from llmcad_actors.kernels import attention, linear
+from llmcad_actors.kernels.tensors import DTYPES, as_tensor
 from llmcad_actors.messages import PassStats, Verdict
-from llmcad_actors.models import attention, chunks, linear, vocabulary
+from llmcad_actors.models import chunks, vocabulary
 from llmcad_actors.models.embedding import EmbeddingRows
 from llmcad_actors.models.experts import joined_name, shapes_with_experts, with_experts
-from llmcad_actors.models.family import Family
-from llmcad_actors.models.generation_rules import active_rules
 from llmcad_actors.models.kv_cache import TreeCache
 from llmcad_actors.models.processors import PathChoices, make_processors
 from llmcad_actors.models.skeleton import Slots, build_skeleton, stream_embedding, stream_layers
 from llmcad_actors.models.softcap import soft_capped, softcap_of
 from llmcad_actors.models.sound import SoundChoices, is_sound, not_finite
 from llmcad_actors.models.stacks import stack_of
-from llmcad_actors.models.tensors import DTYPES, as_tensor
 from llmcad_actors.ports import ShardSource
 from llmcad_actors.storage.checkpoint import Checkpoint, TensorInfo
 from llmcad_actors.storage.layout import Layout, ShardSpec

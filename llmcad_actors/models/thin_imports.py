@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, TypeVar
 
-from llmcad_actors import versions
+from llmcad_actors.machine import versions
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from llmcad_actors.core.quoting import shown
 from llmcad_actors.errors import CheckpointError
-from llmcad_actors.models.families import Family, Shapes, family_of, need
+from llmcad_actors.families.families import Family, Shapes, family_of, need
 from llmcad_actors.storage.checkpoint import Checkpoint, TensorInfo
 
 MIN_HEAD_SLICE_BYTES = 64 << 20

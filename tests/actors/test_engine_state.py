@@ -11,7 +11,7 @@ import ray
 
 from llmcad_actors import Engine, Piece
 from llmcad_actors.errors import ConfigError, EngineBusyError, EngineClosedError, LlmcadError, StorageError
-from llmcad_actors.planning import Prepared
+from llmcad_actors.plan.job import Prepared
 from tests.actors.engines import job
 from tests.tiny import tiny_llama
 

@@ -19,7 +19,7 @@ from llmcad_actors.actors.calls import Remote, fetch
 from llmcad_actors.actors.lean_ray import ENVIRONMENT, LocalRay
 from llmcad_actors.actors.ray_check import listening
 from llmcad_actors.actors.ray_log import VARIABLE
-from llmcad_actors.doctor import OK, WARNING, Report, add_ports
+from llmcad_actors.doctor.examine import OK, WARNING, Report, add_ports
 from llmcad_actors.errors import ActorFailure, LlmcadError, RuntimeFailure
 
 STORE = 80_000_000

@@ -17,8 +17,8 @@ from typing import IO
 import psutil
 import pytest
 
-from llmcad_actors.bundled import bundled_draft, bundled_target
-from llmcad_actors.sessions import sweep
+from llmcad_actors.machine.sessions import sweep
+from llmcad_actors.tools.bundled import bundled_draft, bundled_target
 from tests.actors.engines import job
 
 GONE_AFTER_S = 15.0

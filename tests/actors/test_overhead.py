@@ -9,10 +9,11 @@ import psutil
 import pytest
 
 from llmcad_actors.actors.library_pages import clean_code
-from llmcad_actors.actors.memory import by_group
 from llmcad_actors.core.budget import EMBEDDING_CACHE_BYTES
 from llmcad_actors.engine import Engine
-from llmcad_actors.footprint import (
+from llmcad_actors.machine.memory import by_group
+from llmcad_actors.models import thin_imports
+from llmcad_actors.plan.footprint import (
     DAEMONS,
     MB,
     THIN_PROCESSES,
@@ -21,8 +22,7 @@ from llmcad_actors.footprint import (
     draft_activation_bytes,
     overhead_bytes,
 )
-from llmcad_actors.models import thin_imports
-from llmcad_actors.planning import Prepared
+from llmcad_actors.plan.job import Prepared
 from tests.actors.engines import good_draft
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")

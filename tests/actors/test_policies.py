@@ -20,7 +20,6 @@ from llmcad_actors.actors.coordinator import MonotonicClock, RemoteDrafter, Remo
 from llmcad_actors.actors.draft import DraftActor
 from llmcad_actors.actors.lean_ray import LocalRay
 from llmcad_actors.actors.runtime import start_actors
-from llmcad_actors.bundled import bundled_draft, bundled_target
 from llmcad_actors.config import DraftSpec
 from llmcad_actors.core.builders import make_builder
 from llmcad_actors.core.fallback import (
@@ -35,7 +34,8 @@ from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.worth import Worth
 from llmcad_actors.loop import Learnt, decode
 from llmcad_actors.messages import Event, Request, Tokens, pack, unpack
-from llmcad_actors.planning import Prepared
+from llmcad_actors.plan.job import Prepared
+from llmcad_actors.tools.bundled import bundled_draft, bundled_target
 from tests.actors.engines import job
 from tests.family_cases import CASES
 from tests.plain import Plain, encode

@@ -9,7 +9,7 @@ import pytest
 from llmcad_actors.actors.loader import Loader
 from llmcad_actors.core.trace import Recorder
 from llmcad_actors.errors import DeadlineError, OverBudgetError
-from llmcad_actors.footprint import budget_shard
+from llmcad_actors.plan.footprint import budget_shard
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import Layout, layout_of
 from llmcad_actors.storage.pieces import pieces_of

@@ -18,9 +18,9 @@ from benchmarks.cgroups import memory_cgroup
 from llmcad_actors import Engine
 from llmcad_actors.actors.calls import fetch
 from llmcad_actors.actors.guard import Guard
-from llmcad_actors.actors.memory import process_pss
 from llmcad_actors.core.budget import format_size
-from llmcad_actors.limits import FreeMemory
+from llmcad_actors.machine.limits import FreeMemory
+from llmcad_actors.machine.memory import process_pss
 from tests.actors.engines import MB, job, processes_of
 from tests.plain import Plain, encode
 from tests.tiny import BYTE_VOCAB, byte_tokenizer
@@ -182,7 +182,7 @@ BESIDE = """
 import json, os, subprocess, sys, time
 from pathlib import Path
 from llmcad_actors import Engine
-from llmcad_actors.limits import free_memory
+from llmcad_actors.machine.limits import free_memory
 from tests.actors.engines import MB, job
 from tests.actors.test_shedding import COUNT, EATER, LAYERS, PROMPT
 

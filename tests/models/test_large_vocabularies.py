@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import LOGITS_BYTES
-from llmcad_actors.footprint import activation_bytes, draft_activation_bytes, logits_bytes
 from llmcad_actors.models import vocabulary
+from llmcad_actors.plan.footprint import activation_bytes, draft_activation_bytes, logits_bytes
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import layout_of
 from tests.fakes import chain

@@ -12,12 +12,13 @@ import torch
 
 from llmcad_actors.core.acceptance import Choices
 from llmcad_actors.core.tree import TokenTree
-from llmcad_actors.models import attention, kernels, products
+from llmcad_actors.kernels import attention, products
+from llmcad_actors.kernels import library as kernels
 from llmcad_actors.models.target import Target
 from tests import encoder_decoder_cases, family_cases
 from tests.fakes import random_trees, tokens_to
+from tests.kernels.test_products import every_set, needs_kernels, torch_threads
 from tests.models.checkpoints import target_of
-from tests.models.test_products import every_set, needs_kernels, torch_threads
 from tests.tiny import BYTE_VOCAB
 
 ALL: dict[str, family_cases.Case | encoder_decoder_cases.Case] = {**family_cases.CASES, **encoder_decoder_cases.CASES}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llmcad_actors import versions
+from llmcad_actors.machine import versions
 from llmcad_actors.models import thin_imports
 from tests import encoder_decoder_cases, family_cases
 from tests.encoder_decoder_cases import plain_pair

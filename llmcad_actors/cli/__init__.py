@@ -1,0 +1,1 @@
+"""The `llmcad` command: options, what is printed, the terminal."""

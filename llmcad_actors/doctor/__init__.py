@@ -1,0 +1,1 @@
+"""Is this machine fit, and how fast is it?"""

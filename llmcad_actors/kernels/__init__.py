@@ -1,0 +1,1 @@
+"""Products and attention around weights as they are stored: in C where it was built, else by torch."""

@@ -1,0 +1,185 @@
+"""What each part of a run takes, in bytes: from settings and headers, before anything runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmcad_actors.config import EngineConfig
+from llmcad_actors.core.budget import EMBEDDING_CACHE_BYTES, LOGITS_BYTES, BudgetInputs, Shard
+from llmcad_actors.core.rows import PREFIX_ROWS
+from llmcad_actors.families.families import family_of
+from llmcad_actors.families.generation_rules import active_rules
+from llmcad_actors.machine import versions
+from llmcad_actors.machine.processor import has_bfloat16
+from llmcad_actors.storage.checkpoint import Checkpoint
+from llmcad_actors.storage.layout import Layout, ShardSpec, layout_of
+from llmcad_actors.storage.pieces import pieces_of
+from llmcad_actors.storage.reader import span_bytes
+from llmcad_actors.text.tokenizer_child import tokenizer_memory
+
+PADDING = 256
+"""Rows of a long pass are padded to multiples of this."""
+
+DRAFT_SLOTS = 1024
+"""Tree nodes whose keys and values the draft holds at once."""
+
+MB = 1_000_000
+DAEMONS = 83 * MB
+THIN_PROCESSES = 232 * MB  # the caller, the coordinator, the loader
+CALLER = 85 * MB
+TORCH_PROCESS = 233 * MB
+WHOLE_TORCH_PROCESS = 335 * MB  # with all that an untested torch imports
+"""Proportional set sizes after start, without weights, as `benchmarks/memory.py` measures them, and 3 %."""
+
+SMALL_DRAFT_BYTES = 256 << 20
+
+PACKED_BYTES = 6
+"""Of a number of rows that the kernels multiply: they lay rows out anew, on AMX as three numbers of 16 bits."""
+
+WIDTHS = {"float32": 4, "bfloat16": 2}
+"""Bytes of a number, by the type that is computed in."""
+
+
+def budget_inputs(
+    config: EngineConfig, target: Checkpoint, layout: Layout, draft: Checkpoint | None, context: int
+) -> BudgetInputs:
+    """What each part will take, in bytes."""
+    width = WIDTHS[target_dtype(config)]
+    overhead = overhead_bytes(1 if draft is None else 2)
+    return BudgetInputs(
+        overhead_bytes=overhead,
+        tokenizer=tokenizer_bytes(target, overhead),
+        draft_weights=0
+        if draft is None
+        else draft.total_bytes * WIDTHS[draft_dtype(config, draft)] // stored_bytes(draft),
+        draft_kv=0 if draft is None else draft_cache_bytes(draft, config, context),
+        target_resident=sum(i.nbytes for i in layout.resident) * width // stored_bytes(target) + EMBEDDING_CACHE_BYTES,
+        target_kv=kv_bytes(target.config, context + 2 * config.max_nodes, width)
+        + encoded_bytes(target.config, context, width),
+        activations=max(
+            encoder_bytes(layout, target.config, context, width),
+            activation_bytes(layout, target.config, context, config.max_nodes, config.prefill_chunk, width)
+            + logits_bytes(target, layout, config.max_nodes, width),
+        )
+        + (0 if draft is None else draft_activation_bytes(draft, config, context)),
+        shards=tuple(budget_shard(spec, config.piece_bytes, spec in layout.encoder) for spec in layout.shards),
+    )
+
+
+def overhead_bytes(models: int) -> int:
+    """What runs before anything of so many models is held."""
+    return DAEMONS + THIN_PROCESSES + models * (TORCH_PROCESS if versions.is_tested("torch") else WHOLE_TORCH_PROCESS)
+
+
+def tokenizer_bytes(target: Checkpoint, overhead: int) -> int:
+    """What stays of the tokenizer in the caller's process.
+
+    More, where loading it takes more than all that will run: it is loaded before anything else starts.
+    """
+    takes = tokenizer_memory(target.path)
+    return max(takes.stays, CALLER + takes.peak - overhead)
+
+
+def budget_shard(spec: ShardSpec, piece_bytes: int, once: bool = False) -> Shard:
+    """A shard as the budget sees it. once: only a prompt's first pass reads it."""
+    spans = [span_bytes(piece.offset, piece.nbytes) for piece in pieces_of(spec, piece_bytes)]
+    return Shard(spec.name, spec.nbytes, sum(spans), max(spans), once)
+
+
+def draft_activation_bytes(draft: Checkpoint, config: EngineConfig, context: int) -> int:
+    """The widest moment of a draft's step: a part of a prompt in a layer, or the logits of a batch."""
+    layout, rows = layout_of(draft), min(PREFIX_ROWS, context)
+    widest = max(max(tensor.shape) for tensor in layout.layers[0].tensors)
+    states = rows * (4 * layout.embedding.shape[1] + 3 * widest) * 4 + rows * (context + DRAFT_SLOTS) * 4
+    return max(states, part_of_logits_bytes(config.batch, layout.embedding.shape[0], 4))
+
+
+def draft_cache_bytes(draft: Checkpoint, config: EngineConfig, context: int) -> int:
+    """Keys, values and the ancestor mask of the draft."""
+    width = WIDTHS[draft_dtype(config, draft)]
+    cached = kv_bytes(draft.config, context + DRAFT_SLOTS, width) + DRAFT_SLOTS * DRAFT_SLOTS * width
+    return cached + encoded_bytes(draft.config, context, width)
+
+
+def kv_bytes(config: Mapping[str, Any], rows: int, width: int) -> int:
+    """Keys and values of `rows` tokens in all layers."""
+    family = family_of(config)
+    return 2 * family.num_layers(config) * family.num_kv_heads(config) * family.head_dim(config) * rows * width
+
+
+def encoded_bytes(config: Mapping[str, Any], prompt: int, width: int) -> int:
+    """What an encoder leaves of a prompt: its states, and the decoder layers' keys and values of them."""
+    family = family_of(config)
+    if family.encoder is None:
+        return 0
+    return prompt * family.embedding_shape(config)[1] * width + kv_bytes(config, prompt, width)
+
+
+def encoder_bytes(layout: Layout, config: Mapping[str, Any], prompt: int, width: int) -> int:
+    """The widest moment of an encoder over a whole prompt: a layer's intermediate states, and what is added to scores.
+
+    T5 keeps a bias for each head and each pair of tokens, and lays a copy of it out in every layer.
+    """
+    if not layout.encoder:
+        return 0
+    widest = max(max(tensor.shape, default=1) for tensor in layout.encoder[0].tensors)
+    states = prompt * (4 * layout.embedding.shape[1] + 3 * widest) * width
+    if layout.family.keeps_scores:
+        states += prompt * prompt * (layout.family.num_heads(config) * 2 * width + 4 * 8)
+    return states
+
+
+def activation_bytes(
+    prepared: Layout, config: Mapping[str, Any], context: int, nodes: int, chunk: int, width: int
+) -> int:
+    """The widest moment of a pass over a prompt of `context` tokens and a tree of `nodes`.
+
+    Of all rows: what goes from layer to layer. Of `chunk` rows: a layer's intermediate states and the mask. Then the
+    logits of the tree.
+    """
+    family, hidden = prepared.family, prepared.embedding.shape[1]
+    rows = -(-(context + nodes) // PADDING) * PADDING
+    chunk = min(rows, chunk)
+    rotary = 2 * family.head_dim(config) * (4 + width)  # two tables of angles, in float32 at first
+    carried = rows * (4 * hidden * width + rotary)  # embedding rows, the model's inputs, hidden states before and after
+    widest = max(max(tensor.shape, default=1) for tensor in prepared.layers[0].tensors)
+    states = chunk * (4 * hidden + 3 * widest) * width + chunk * widest * PACKED_BYTES
+    if family.experts:  # the joined tensors of one
+        states += 2 * max(tensor.nbytes for tensor in prepared.layers[0].tensors)
+    states += chunk * rows * (width + 3) * (1 if family.windows == "none" else 2)
+    if family.keeps_scores:
+        states += family.num_heads(config) * chunk * rows * (4 + 2 * width)
+    slice_ = max(spec.tensors[0].shape[0] for spec in prepared.head)
+    return carried + max(states, part_of_logits_bytes(nodes + 1, slice_, width))
+
+
+def part_of_logits_bytes(rows: int, entries: int, width: int) -> int:
+    """Logits of the part of the vocabulary that is looked at: in float32, as computed, and twice where capped."""
+    return min(4 * rows * entries, LOGITS_BYTES) * (4 + 3 * width) // 4
+
+
+def logits_bytes(target: Checkpoint, layout: Layout, nodes: int, width: int) -> int:
+    """Whole rows of logits, which are kept only where the generation config has a say in the choice."""
+    vocab = layout.embedding.shape[0]
+    return (nodes + 1) * vocab * width if active_rules(target.generation_settings, vocab) else 0
+
+
+def is_small(draft: Checkpoint) -> bool:
+    """A draft whose step one core runs in some milliseconds."""
+    return draft.total_bytes < SMALL_DRAFT_BYTES
+
+
+def target_dtype(config: EngineConfig) -> str:
+    """The type the target computes in: float32, whatever is stored, unless another is asked for."""
+    return "float32" if config.dtype == "auto" else config.dtype
+
+
+def draft_dtype(config: EngineConfig, draft: Checkpoint) -> str:
+    """The type the draft computes in. Its numbers need not be anyone's: 16 bits where they are stored, and are fast."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if draft.dtype == "F32" or (is_small(draft) and not has_bfloat16()) else "bfloat16"
+
+
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes per stored number."""
+    return 4 if checkpoint.dtype == "F32" else 2

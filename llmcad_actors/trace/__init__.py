@@ -1,0 +1,1 @@
+"""What every part did, and when."""
