@@ -32,6 +32,7 @@ from llmcad_actors.errors import (
 from llmcad_actors.machine.memory import MemoryWatcher, process_pss
 from llmcad_actors.messages import Event, Failed, Finished, Progress, Provisional, Request, Tokens, pack, unpack
 from llmcad_actors.plan.admission import Admission, admit
+from llmcad_actors.plan.disk_settings import unmeasured
 from llmcad_actors.plan.footprint import target_dtype
 from llmcad_actors.plan.job import Prepared, prepare
 from llmcad_actors.plan.prompt import room_behind
@@ -137,7 +138,7 @@ class Engine:
             baseline = 0 if count_caller else process_pss(os.getpid())[0]
             overrun = Overrun(prepared.memory.cap_bytes, warn)
             watcher = MemoryWatcher(os.getpid(), baseline_bytes=baseline, overrun=overrun)
-            for notice in prepared.notices:
+            for notice in (*prepared.notices, *unmeasured(prepared.config, prepared.target)):
                 say(notice)
             text = load_tokenizer(prepared.target.path)  # first: loading takes more than what stays
             say("starting Ray")

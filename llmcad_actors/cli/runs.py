@@ -21,6 +21,7 @@ from llmcad_actors.core.lossless import LosslessCheck
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.engine import Engine
 from llmcad_actors.errors import LlmcadError
+from llmcad_actors.plan.disk_settings import unmeasured
 from llmcad_actors.plan.job import Prepared
 from llmcad_actors.results import Result
 
@@ -92,6 +93,7 @@ def run_demo(
 def running(job: Prepared, *, as_json: bool, quiet: bool) -> Iterator[tuple[Engine, StatusLine, Account]]:
     """An engine, its status line, and the account of what it gives, which with `--json` is written in any case."""
     account = Account(job, as_json=as_json)
+    tell(unmeasured(job.config, job.target))
     with (
         account.guarded(),  # its start
         StatusLine(draws=not quiet) as line,

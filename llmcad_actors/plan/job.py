@@ -23,7 +23,7 @@ from llmcad_actors.machine.figures import Figures, figures_for
 from llmcad_actors.machine.limits import free_memory, memory_limit, within, within_free
 from llmcad_actors.machine.processor import cores
 from llmcad_actors.machine.versions import newer_than_tested
-from llmcad_actors.plan.disk_settings import read_settings, unmeasured
+from llmcad_actors.plan.disk_settings import read_settings
 from llmcad_actors.plan.footprint import (
     DRAFT_SLOTS,
     WIDTHS,
@@ -311,7 +311,7 @@ def prepare(config: EngineConfig) -> Prepared:
         cap, lowered = within_free(cap, memory.total_bytes, free_memory())
         memory, notices = plan(inputs, cap), (*notices, *lowered)
     told = (*newer_than_tested(), *notices, *unfollowed(target), *inexact(config), *slow_window(memory))
-    told = (*told, *many_threads(config), *unmeasured(config, target))
+    told = (*told, *many_threads(config))
     job = Prepared(config, target, layout, draft, memory, context, told, smallest_cap(inputs))
     return replace(job, notices=(*told, *idle_draft(job)))
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from llmcad_actors import Engine
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.machine.figures import DiskFigures, disk_figures_for, remember
 from llmcad_actors.plan import disk_settings
 from llmcad_actors.plan.disk_settings import CHUNK_BYTES, READ_THREADS, read_settings, unmeasured
-from llmcad_actors.plan.job import prepare
 from llmcad_actors.storage.checkpoint import Checkpoint
 from tests.tiny import tiny_llama
 
@@ -35,11 +35,12 @@ def test_a_disk_that_nobody_measured_is_told_of_and_left_alone(target: Checkpoin
     config = EngineConfig(target=str(target.path), memory="2GB", max_context=64)
     (notice,) = unmeasured(config, target)
     assert "llmcad doctor" in notice
-    assert notice in prepare(config).notices
+    said: list[str] = []
+    with Engine.launch(target.path, "none", memory="2GB", max_context=64, say=said.append):
+        assert notice in said
     assert disk_figures_for(target.path) is None
     remember(target.path, DiskFigures(1e9, 3, 16 * MIB, True), None)
     assert unmeasured(config, target) == ()
-    assert notice not in prepare(config).notices
 
 
 @pytest.mark.parametrize("settings", [{"read_limit": "10MB/s"}, {"read_threads": 1, "chunk_bytes": MIB}], ids=str)
