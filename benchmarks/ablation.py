@@ -1,7 +1,7 @@
 """What does each technique bring? One target, the same texts, one engine setting after the other.
 
     python -m benchmarks.ablation [--prompts 16] [--tokens 128] [--read-limit 400MB/s] [--only sp,ours]
-    python -m benchmarks.ablation --large [--draft 4bit|3bit|random] [--questions FILE]
+    python -m benchmarks.ablation --large --memory 1.6GB [--draft 4bit|3bit|random] [--questions FILE]
 
 The target is the demo's, or the published model, enlarged to be bigger than the cap.
 
