@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from llmcad_actors.core.costs import CostModel, Costs
 from llmcad_actors.core.fallback import Policy, outcome_of
 from llmcad_actors.core.provisional import Allowance, Patience, allowance, is_worth_it
+from llmcad_actors.core.round import Grown, Submission, Verdict
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.core.worth import Round
-from llmcad_actors.messages import Event, Finished, Grown, Provisional, Request, Submission, Tokens, Verdict
+from llmcad_actors.messages import Event, Finished, Provisional, Request, Tokens
 from llmcad_actors.ports import Clock, Drafter, Verifier
 
 NO_TREE = Submission(TokenTree.empty(), confidence=1.0, steps=0, drafted=0, seconds=0.0, head_start=False)

@@ -16,9 +16,9 @@ import numpy as np
 from llmcad_actors.core.acceptance import walk
 from llmcad_actors.core.costs import Costs
 from llmcad_actors.core.fallback import AdaptiveConfidence, Outcome, Policy
+from llmcad_actors.core.round import Grown, PassStats, Submission, Verdict
 from llmcad_actors.core.tree import ROOT, TokenTree
 from llmcad_actors.errors import DeadlineError
-from llmcad_actors.messages import Grown, PassStats, Submission, Verdict
 from llmcad_actors.models.draft import Draft
 from llmcad_actors.models.target import Target
 from llmcad_actors.storage.layout import Layout

@@ -13,8 +13,9 @@ from llmcad_actors.actors.calls import fetch
 from llmcad_actors.actors.lean_ray import LocalRay
 from llmcad_actors.actors.loader import LoaderActor
 from llmcad_actors.actors.verifier import VerifierActor
+from llmcad_actors.core.round import Verdict
 from llmcad_actors.core.tree import TokenTree
-from llmcad_actors.messages import Progress, Verdict, pack, unpack
+from llmcad_actors.messages import Progress, pack, unpack
 from llmcad_actors.plan.job import Prepared
 from tests.actors.engines import job
 from tests.test_lossless import Local

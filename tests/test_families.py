@@ -14,9 +14,9 @@ from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import FixedTree
 from llmcad_actors.core.fixed_expansion import FixedExpansion
+from llmcad_actors.core.round import PassStats, Verdict
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError, ConfigError
-from llmcad_actors.messages import PassStats, Verdict
 from llmcad_actors.models.draft import Draft, DraftModel
 from llmcad_actors.models.masks import SLIDING, Windows
 from llmcad_actors.plan.job import prepare

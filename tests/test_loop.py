@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from llmcad_actors.core.costs import CostModel, Costs
 from llmcad_actors.core.fallback import AdaptiveConfidence, MarginalThroughput, Policy
 from llmcad_actors.core.provisional import LEAST_STEPS
+from llmcad_actors.core.round import Grown, PassStats, Submission, Verdict
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import DeadlineError
 from llmcad_actors.loop import Learnt, decode, most_probable_path
-from llmcad_actors.messages import Event, Finished, Grown, PassStats, Provisional, Request, Submission, Tokens, Verdict
+from llmcad_actors.messages import Event, Finished, Provisional, Request, Tokens
 from tests.fakes import (
     Choose,
     FunctionDrafter,

@@ -15,6 +15,7 @@ from llmcad_actors.config import DraftSpec, LoaderSpec, VerifierSpec
 from llmcad_actors.core.calibration import Calibration
 from llmcad_actors.core.costs import CostModel, Costs
 from llmcad_actors.core.fallback import AdaptiveConfidence, FixedDepth, FixedTree, MarginalThroughput, TokenConfidence
+from llmcad_actors.core.round import Grown, PassStats, Submission, Verdict
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.messages import pack, unpack, unpack_stream
@@ -22,14 +23,14 @@ from tests.core.drafting import trees
 
 IDS = (1, 5, 4095)
 STATS = Stats(seconds=1.5, new_tokens=3, tokens_per_pass=1.5, bytes_read=2**40)
-PASS = messages.PassStats(seconds=1.0, stall_s=0.25, compute_s=0.75, rows=16)
+PASS = PassStats(seconds=1.0, stall_s=0.25, compute_s=0.75, rows=16)
 TREE = TokenTree.build([7, 8, 9], [-1, 0, 0], [-0.5, -1e4, 0.0])
 VALUES: tuple[Any, ...] = (
     messages.Request(IDS, 64, (0, 2), speculate=False, provisional=False),
-    messages.Submission(TREE, 0.25, 3, 9, 0.5, True),
-    messages.Grown(2, 16, False),
+    Submission(TREE, 0.25, 3, 9, 0.5, True),
+    Grown(2, 16, False),
     PASS,
-    messages.Verdict((0, 2), 17, True, PASS),
+    Verdict((0, 2), 17, True, PASS),
     messages.Progress("layer.3", 3, 24, 2**40, 1.5),
     messages.Tokens(IDS, STATS),
     messages.Provisional(IDS),

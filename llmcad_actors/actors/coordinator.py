@@ -11,11 +11,12 @@ from llmcad_actors.actors.calls import failure, fetch_async
 from llmcad_actors.actors.traced import TracedDrafter, TracedVerifier
 from llmcad_actors.core.costs import Costs
 from llmcad_actors.core.fallback import Policy
+from llmcad_actors.core.round import Grown, Submission, Verdict
 from llmcad_actors.core.trace import Recorder
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import LlmcadError
 from llmcad_actors.loop import Learnt, decode
-from llmcad_actors.messages import Event, Failed, Grown, Request, Submission, Verdict, pack, unpack
+from llmcad_actors.messages import Event, Failed, Request, pack, unpack
 
 CALL_TIMEOUT_S = 600.0
 PASS_TIMEOUT_S = 4 * 3600.0  # a pass over slow storage takes long; a shard that does not come fails much sooner

@@ -7,9 +7,9 @@ import numpy as np
 
 from llmcad_actors.core.costs import Costs
 from llmcad_actors.core.fallback import Policy
+from llmcad_actors.core.round import Grown, Submission, Verdict
 from llmcad_actors.core.trace import Recorder
 from llmcad_actors.core.tree import TokenTree
-from llmcad_actors.messages import Grown, Submission, Verdict
 from llmcad_actors.ports import Drafter, ShardSource, Verifier
 
 

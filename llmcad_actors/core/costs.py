@@ -11,14 +11,35 @@ halves take turns, and a pass takes as long as both together.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
+from llmcad_actors.core.round import Submission, Verdict
+
+NOT_HIDDEN_ONE_ROW, NOT_HIDDEN = 0.5, 0.7
+"""Part of the smaller of reading and computing that adds to the larger: they compete for memory and cores.
+
+A single row is bound by memory, and takes less of the cores.
+"""
+
 _NEWEST = 0.2  # weight of a new observation at least; the first replaces the guess
 _PRIOR_ROWS = 32.0  # without other evidence, this many rows cost as much as none
 _PRIOR_VARIANCE = 64.0  # rows^2: how much spread of rows it takes to outweigh that guess
+
+
+def together(read_s: npt.ArrayLike, compute_s: npt.ArrayLike, *, overlaps: bool) -> np.ndarray:
+    """A pass of these halves, each as it is beside the other: the slower one, or where they take turns both."""
+    return np.asarray(np.maximum(read_s, compute_s) if overlaps else np.add(read_s, compute_s))
+
+
+def beside_each_other(read_s: float, compute_s: float, rows: int, *, overlaps: bool) -> tuple[float, float]:
+    """What reading and computing take while both go on, from what each takes alone."""
+    if not overlaps:
+        return read_s, compute_s
+    lost = (NOT_HIDDEN_ONE_ROW if rows == 1 else NOT_HIDDEN) * min(read_s, compute_s)
+    return read_s + lost, compute_s + lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +60,7 @@ class Costs:
     @property
     def plain_pass_s(self) -> float:
         """A pass over one row: no tree, no prompt."""
-        return float(self._together(self.pass_read_s, self._plain_compute_s))
+        return float(together(self.pass_read_s, self._plain_compute_s, overlaps=self.overlaps))
 
     @property
     def draft_row_s(self) -> float:
@@ -69,7 +90,8 @@ class Costs:
         """The whole round, if nothing is submitted after all."""
         if self.pending_rows:
             return float(self.round_seconds(0))
-        return self.drafted_s + float(self._together(self._left_to_read(self.drafted_s), self._plain_compute_s))
+        left = self._left_to_read(self.drafted_s)
+        return self.drafted_s + float(together(left, self._plain_compute_s, overlaps=self.overlaps))
 
     @property
     def _plain_compute_s(self) -> float:
@@ -79,46 +101,11 @@ class Costs:
         return self.pass_read_s - min(drafting_s, self.hidden_s)
 
     def _both(self, reading: float, num_nodes: npt.ArrayLike) -> np.ndarray:
-        return self._together(reading, self._compute_seconds(num_nodes))
-
-    def _together(self, reading: float, computing: npt.ArrayLike) -> np.ndarray:
-        return np.asarray(np.maximum(reading, computing) if self.overlaps else reading + np.asarray(computing))
+        return together(reading, self._compute_seconds(num_nodes), overlaps=self.overlaps)
 
     def _compute_seconds(self, num_nodes: npt.ArrayLike) -> np.ndarray:
         rows = self.pending_rows + np.asarray(num_nodes, np.float64)
         return np.asarray(self.pass_base_s + self.pass_node_s * rows)
-
-
-class Drafting(Protocol):
-    """What `CostModel` reads of a submission. Protocols, because messages know the core, not the other way."""
-
-    @property
-    def steps(self) -> int: ...
-
-    @property
-    def seconds(self) -> float: ...
-
-    @property
-    def catch_up_s(self) -> float: ...
-
-
-class PassTimes(Protocol):
-    @property
-    def seconds(self) -> float: ...
-
-    @property
-    def stall_s(self) -> float: ...
-
-    @property
-    def compute_s(self) -> float: ...
-
-    @property
-    def rows(self) -> int: ...
-
-
-class Verdict(Protocol):
-    @property
-    def stats(self) -> PassTimes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +167,7 @@ class CostModel:
             step *= mean / known
         return replace(self, plain_compute_s=mean, draft_step_s=step, num_plain=self.num_plain + 1)
 
-    def after(self, drafting: Drafting, verdict: Verdict) -> Self:
+    def after(self, drafting: Submission, verdict: Verdict) -> Self:
         """The model after a round. The coordinator does not see the disk, so reading shows in the waits only."""
         model, times = self, verdict.stats
         steps = drafting.steps - (drafting.catch_up_s > 0)

@@ -16,6 +16,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from llmcad_actors.core.acceptance import Choices, walk
+from llmcad_actors.core.round import PassStats, Verdict
 from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError, LlmcadError
@@ -23,7 +24,6 @@ from llmcad_actors.families.family import Family
 from llmcad_actors.families.generation_rules import active_rules
 from llmcad_actors.kernels import attention, linear
 from llmcad_actors.kernels.tensors import DTYPES, as_tensor
-from llmcad_actors.messages import PassStats, Verdict
 from llmcad_actors.models import chunks, vocabulary
 from llmcad_actors.models.embedding import EmbeddingRows
 from llmcad_actors.models.experts import joined_name, shapes_with_experts, with_experts

@@ -5,6 +5,7 @@ from math import log2
 from pathlib import Path
 from typing import Self
 
+from llmcad_actors.core.costs import beside_each_other, together
 from llmcad_actors.core.rows import ROW_SIZES, padded_rows
 from llmcad_actors.machine.figures import ComputeFigures, figures_for
 
@@ -12,12 +13,6 @@ DISK_BYTES_PER_S = 2.0e9
 MATMUL_FLOPS = {"float32": 1.5e11, "bfloat16": 4.0e11}
 MEMORY_BYTES_PER_S = 1.0e10
 """What a recent solid-state disk, two cores with vector and bfloat16 instructions, and their memory do."""
-
-NOT_HIDDEN_ONE_ROW, NOT_HIDDEN = 0.5, 0.7
-"""Part of the smaller of reading and computing that adds to the larger: they compete for memory and cores.
-
-A single row is bound by memory, and leaves a core to the loader.
-"""
 
 TOKENS_PER_DOUBLING = 0.85
 """What every doubling of a tree brings, cautiously: a pair and its texts decide. The bundled pair brings more."""
@@ -28,8 +23,8 @@ class PassForecast:
     """One pass. `tokens` is assumed: it depends on the draft and on the text."""
 
     rows: int
-    read_s: float
-    compute_s: float
+    read_s: float  # alone
+    compute_s: float  # alone
     tokens: float
     is_measured: bool  # by `llmcad doctor`, on this machine
     overlaps: bool = True  # a shard is read while another computes
@@ -38,10 +33,12 @@ class PassForecast:
     @property
     def seconds(self) -> float:
         """Without drafting."""
-        smaller, larger = sorted((self.read_s, self.compute_s))
-        if not self.overlaps:
-            return larger + smaller
-        return larger + (NOT_HIDDEN_ONE_ROW if self.rows == 1 else NOT_HIDDEN) * smaller
+        return float(together(*self.halves, overlaps=self.overlaps))
+
+    @property
+    def halves(self) -> tuple[float, float]:
+        """Reading and computing, each beside the other."""
+        return beside_each_other(self.read_s, self.compute_s, self.rows, overlaps=self.overlaps)
 
     @property
     def tokens_per_second(self) -> float:

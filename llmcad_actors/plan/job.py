@@ -129,15 +129,15 @@ class Prepared:
     def costs(self) -> CostModel:
         """What is known of costs before anything has run."""
         forecaster = self._forecaster()
-        guess, plain = forecaster.of_rows(GUESSED_ROWS), forecaster.plain()
+        (read_s, compute_s), (_, plain_s) = forecaster.of_rows(GUESSED_ROWS).halves, forecaster.plain().halves
         return CostModel(
             window_share=self._window_share,
             draft_step_s=forecaster.draft_step_s,
-            read_s=guess.read_s,
+            read_s=read_s,
             mean_rows=GUESSED_ROWS,
-            mean_compute_s=guess.compute_s,
+            mean_compute_s=compute_s,
             overlaps=self.reads_ahead,
-            plain_compute_s=plain.compute_s,
+            plain_compute_s=plain_s,
         )
 
     def forecast(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,29 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmcad_actors.core.costs import CostModel, Costs
+from llmcad_actors.core.round import PassStats, Submission, Verdict
+from llmcad_actors.core.tree import TokenTree
 
 seconds = st.floats(1e-4, 10)
 costs = st.builds(Costs, seconds, seconds, seconds, st.floats(0, 0.1), seconds, seconds)
 
 
-@dataclass(frozen=True)
-class Drafted:
-    steps: int
-    seconds: float
-    catch_up_s: float = 0.0
+def drafted(steps: int, seconds: float, catch_up_s: float = 0.0) -> Submission:
+    return Submission(TokenTree.empty(), 1.0, steps, steps, seconds, False, catch_up_s)
 
 
-@dataclass(frozen=True)
-class Times:
-    seconds: float
-    stall_s: float
-    compute_s: float
-    rows: int
-
-
-@dataclass(frozen=True)
-class Checked:
-    stats: Times
+def checked(seconds: float, stall_s: float, compute_s: float, rows: int) -> Verdict:
+    return Verdict((), 0, False, PassStats(seconds, stall_s, compute_s, rows))
 
 
 def simulated_round(drafting: float, window: float, read: float, compute: float) -> float:
@@ -142,19 +132,19 @@ def test_a_pass_that_waits_shows_the_time_of_reading() -> None:
 
 
 def test_a_round_teaches_steps_computing_and_waiting() -> None:
-    model = CostModel().after(Drafted(4, 0.2), Checked(Times(2.0, 1.5, 0.5, 33)))
+    model = CostModel().after(drafted(4, 0.2), checked(2.0, 1.5, 0.5, 33))
     assert model.costs().draft_step_s == pytest.approx(0.05)
     assert model.costs().pass_read_s == 2.0 and model.mean_compute_s == 0.5 and model.mean_rows == 33
-    assert CostModel().after(Drafted(0, 0.0), Checked(Times(2.0, 1.5, 0.5, 33))).num_steps == 0
+    assert CostModel().after(drafted(0, 0.0), checked(2.0, 1.5, 0.5, 33)).num_steps == 0
 
 
 def test_a_round_whose_pass_never_waits_bounds_the_reading_by_the_pass() -> None:
-    model = CostModel(read_s=5.0).after(Drafted(1, 0.1), Checked(Times(2.0, 0.0, 2.0, 33)))
+    model = CostModel(read_s=5.0).after(drafted(1, 0.1), checked(2.0, 0.0, 2.0, 33))
     assert model.costs().pass_read_s == 2.0
 
 
 def test_reading_hidden_behind_drafting_counts_as_reading() -> None:
-    model = CostModel(window_share=0.5, read_s=2.0).after(Drafted(10, 0.6), Checked(Times(1.4, 1.0, 0.4, 33)))
+    model = CostModel(window_share=0.5, read_s=2.0).after(drafted(10, 0.6), checked(1.4, 1.0, 0.4, 33))
     assert model.costs().pass_read_s == pytest.approx(2.0)
 
 
@@ -162,7 +152,7 @@ def test_halves_that_take_turns_add_up() -> None:
     """Under a cap with room for one shard: the rest of a pass is reading, however long the computing."""
     model = CostModel(overlaps=False)
     for rows, computing in ((16, 0.5), (128, 4.0), (16, 0.5), (128, 4.0)):
-        model = model.after(Drafted(1, 0.01), Checked(Times(computing + 0.7, 0.7, computing, rows)))
+        model = model.after(drafted(1, 0.01), checked(computing + 0.7, 0.7, computing, rows))
     cost = model.costs()
     assert cost.pass_read_s == pytest.approx(0.7)
     assert cost.pass_seconds(127) == pytest.approx(4.7, rel=0.05)
@@ -203,6 +193,6 @@ def test_a_step_that_was_never_timed_is_as_much_faster_than_a_plain_pass_as_plan
 
 
 def test_catching_up_is_no_draft_step() -> None:
-    model = CostModel().after(Drafted(5, 1.2, catch_up_s=1.0), Checked(Times(2.0, 1.5, 0.5, 33)))
+    model = CostModel().after(drafted(5, 1.2, catch_up_s=1.0), checked(2.0, 1.5, 0.5, 33))
     assert model.costs().draft_step_s == pytest.approx(0.05)
-    assert CostModel().after(Drafted(1, 1.0, catch_up_s=1.0), Checked(Times(2.0, 1.5, 0.5, 33))).num_steps == 0
+    assert CostModel().after(drafted(1, 1.0, catch_up_s=1.0), checked(2.0, 1.5, 0.5, 33)).num_steps == 0

@@ -17,9 +17,9 @@ from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import AdaptiveConfidence, FixedDepth, FixedTree, Policy
 from llmcad_actors.core.fixed_expansion import FixedExpansion
 from llmcad_actors.core.pacer import BranchPacer
+from llmcad_actors.core.round import PassStats, Submission, Verdict
 from llmcad_actors.core.tree import ROOT, TokenTree
 from llmcad_actors.kernels import linear
-from llmcad_actors.messages import PassStats, Submission, Verdict
 from llmcad_actors.models.draft import Draft, DraftModel
 from tests.fakes import tokens_to
 from tests.plain import Plain

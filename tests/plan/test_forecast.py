@@ -7,6 +7,7 @@ import pytest
 
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import format_size
+from llmcad_actors.core.costs import NOT_HIDDEN, NOT_HIDDEN_ONE_ROW
 from llmcad_actors.core.rows import ROW_SIZES
 from llmcad_actors.core.worth import can_pay
 from llmcad_actors.machine.figures import ComputeFigures, DiskFigures, remember
@@ -14,11 +15,9 @@ from llmcad_actors.plan.forecast import (
     DISK_BYTES_PER_S,
     MATMUL_FLOPS,
     MEMORY_BYTES_PER_S,
-    NOT_HIDDEN,
-    NOT_HIDDEN_ONE_ROW,
     Forecaster,
 )
-from llmcad_actors.plan.job import prepare
+from llmcad_actors.plan.job import GUESSED_ROWS, prepare
 from llmcad_actors.tools.bundled import bundled_draft, bundled_target
 from tests.actors.engines import job
 from tests.tiny import tiny_llama
@@ -140,3 +139,14 @@ def test_under_a_cap_for_one_shard_reading_and_computing_add_up(tmp_path: Path) 
         expected = predicted.read_s + predicted.compute_s - (hidden if overlaps else 0.0)
         assert predicted.seconds == pytest.approx(expected)
         assert prepared.costs().overlaps == prepared.loader_spec().read_ahead == overlaps
+
+
+def test_plan_and_policy_have_one_model_of_a_pass() -> None:
+    """What the policy's first costs say of a pass is what the plan predicts, whichever half is the slower one."""
+    for read_limit in ("10MB/s", "300MB/s", "100GB/s"):
+        for overlaps in (True, False):
+            roomy = job(bundled_target(), bundled_draft(), max_nodes=30, read_limit=read_limit)
+            prepared = replace(roomy, memory=replace(roomy.memory, overlaps=overlaps))
+            costs, forecaster = prepared.costs().costs(), prepared._forecaster()
+            tree = forecaster.of_rows(GUESSED_ROWS)
+            assert float(costs.pass_seconds(GUESSED_ROWS - 1)) == pytest.approx(tree.seconds)
