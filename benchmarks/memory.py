@@ -39,7 +39,7 @@ from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import format_size, parse_size, smallest_cap
 from llmcad_actors.machine.limits import memory_limit
 from llmcad_actors.plan.footprint import budget_inputs
-from llmcad_actors.plan.job import prepare
+from llmcad_actors.plan.prepare import prepare
 
 screen = Console(stderr=True)
 TABLE_WIDTH = 120

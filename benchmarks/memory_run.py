@@ -17,7 +17,7 @@ from llmcad_actors.config import EngineConfig
 from llmcad_actors.engine import Engine
 from llmcad_actors.errors import MemoryCapError
 from llmcad_actors.machine.memory import by_group
-from llmcad_actors.plan.job import prepare
+from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.results import Result
 
 NO_DRAFT = "none"

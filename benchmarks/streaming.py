@@ -26,7 +26,9 @@ from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import parse_size
 from llmcad_actors.engine import Engine
 from llmcad_actors.errors import ConfigError
-from llmcad_actors.plan.job import Prepared, prepare
+from llmcad_actors.plan.job import Prepared
+from llmcad_actors.plan.prepare import prepare
+from llmcad_actors.plan.specs import loader_spec
 from llmcad_actors.storage.pieces import Piece, pieces_of
 from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader, TokenBucket, buffer_bytes
 
@@ -67,7 +69,7 @@ def await_idle_disk(engine: Engine) -> None:
 
 def raw_rate(job: Prepared, passes: int) -> tuple[float, bool]:
     """Bytes per second of reading the streamed shards `passes` times, and whether the page cache was bypassed."""
-    spec = job.loader_spec()
+    spec = loader_spec(job)
     pieces = [p for s in job.layout.shards if s.name in job.memory.streamed for p in pieces_of(s, spec.piece_bytes)]
     size = buffer_bytes(max(piece.nbytes for piece in pieces))
     buffers = deque(AlignedBuffer(size, populate=True) for _ in range(NUM_BUFFERS))
@@ -116,7 +118,7 @@ def bench(settings: Mapping[str, Any], runs: int, passes: int) -> tuple[list[Run
     with Engine.start(job) as engine:
         engine.generate(PROMPT, max_new_tokens=1, speculate=False)
         measured = [measure(job, engine, passes) for _ in range(runs)]
-    spec = job.loader_spec()
+    spec = loader_spec(job)
     values = {
         "ratio": Spread.of([run.ratio for run in measured]),
         "raw_bytes_per_s": Spread.of([run.raw for run in measured]),

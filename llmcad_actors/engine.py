@@ -34,8 +34,11 @@ from llmcad_actors.messages import Event, Failed, Finished, Progress, Provisiona
 from llmcad_actors.plan.admission import Admission, admit
 from llmcad_actors.plan.disk_settings import unmeasured
 from llmcad_actors.plan.footprint import target_dtype
-from llmcad_actors.plan.job import Prepared, prepare
+from llmcad_actors.plan.job import Prepared
+from llmcad_actors.plan.prediction import first_costs
+from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.plan.prompt import room_behind
+from llmcad_actors.plan.specs import draft_spec, loader_spec, policy_of, verifier_spec
 from llmcad_actors.request_options import RequestOptions
 from llmcad_actors.results import Piece, Result, Status
 from llmcad_actors.text.tokenizer import Detokenizer, StopStrings
@@ -148,11 +151,11 @@ class Engine:
             watcher.start()
             actors = start_actors(
                 ray_.line,
-                prepared.loader_spec(),
-                prepared.verifier_spec(),
-                prepared.draft_spec(),
-                prepared.policy(),
-                prepared.costs(),
+                loader_spec(prepared),
+                verifier_spec(prepared),
+                draft_spec(prepared),
+                policy_of(prepared),
+                first_costs(prepared),
                 say,
             )
             undo.callback(actors.close)

@@ -17,6 +17,7 @@ from llmcad_actors.core.round import Verdict
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.messages import Progress, pack, unpack
 from llmcad_actors.plan.job import Prepared
+from llmcad_actors.plan.specs import loader_spec, verifier_spec
 from tests.actors.engines import job
 from tests.test_lossless import Local
 
@@ -55,7 +56,7 @@ class Streaming:
     def local(self, target: Path, draft: Path, **settings: object) -> Local:
         """A job under a cap that pins some shards and streams at least half of the layers."""
         prepared = half_streamed(target, draft, threads=1, dtype="float32", **settings)
-        verifier = VerifierActor(pack(prepared.verifier_spec()), self._take(prepared))
+        verifier = VerifierActor(pack(verifier_spec(prepared)), self._take(prepared))
         fetch(self._loader.start.remote(), TIMEOUT_S, "the loader's start")
         verifier.pin()
         return Local(prepared, ActorVerifier(verifier))
@@ -69,7 +70,7 @@ class Streaming:
         self._ray.close()
 
     def _take(self, prepared: Prepared) -> Any:
-        spec = pack(prepared.loader_spec())
+        spec = pack(loader_spec(prepared))
         if self._loader is None:
             self._loader = ray.remote(num_cpus=0, max_restarts=0)(Renewable).remote(spec)
         else:

@@ -20,7 +20,7 @@ from llmcad_actors.machine.cache import cache_folder
 from llmcad_actors.machine.figures import Figures, figures_file, figures_for
 from llmcad_actors.models.draft import DraftModel
 from llmcad_actors.models.skeleton import build_skeleton
-from llmcad_actors.plan.job import prepare
+from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.trace.file import read_trace
 from tests import encoder_decoder_cases, family_cases
 from tests.fuzz_files import figures

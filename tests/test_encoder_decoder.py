@@ -23,7 +23,7 @@ from llmcad_actors.families.families import family_of
 from llmcad_actors.models.draft import Draft, DraftModel
 from llmcad_actors.models.stacks import EncoderDecoder, start_token
 from llmcad_actors.plan.footprint import encoded_bytes
-from llmcad_actors.plan.job import prepare
+from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import layout_of
 from tests.actors.engines import job

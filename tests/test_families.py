@@ -19,7 +19,7 @@ from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError, ConfigError
 from llmcad_actors.models.draft import Draft, DraftModel
 from llmcad_actors.models.masks import SLIDING, Windows
-from llmcad_actors.plan.job import prepare
+from llmcad_actors.plan.prepare import prepare
 from tests.fakes import tokens_to
 from tests.family_cases import CASES, EXPERTS, GROUPED, IDS, LONGROPE, WINDOW, Case
 from tests.models.checkpoints import target_of

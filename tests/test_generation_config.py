@@ -16,7 +16,7 @@ from llmcad_actors.core.acceptance import walk
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError
 from llmcad_actors.models.processors import PathChoices
-from llmcad_actors.plan.job import prepare
+from llmcad_actors.plan.prepare import prepare
 from tests.fakes import chain
 from tests.models.checkpoints import target_of
 from tests.plain import Plain, encode

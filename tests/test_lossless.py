@@ -17,7 +17,9 @@ from llmcad_actors.loop import Learnt, decode
 from llmcad_actors.messages import Event, Finished, Request, Tokens
 from llmcad_actors.models.draft import Draft, DraftModel
 from llmcad_actors.models.target import Target
-from llmcad_actors.plan.job import Prepared, prepare
+from llmcad_actors.plan.job import Prepared
+from llmcad_actors.plan.prepare import prepare
+from llmcad_actors.plan.specs import draft_spec, policy_of, verifier_spec
 from llmcad_actors.ports import Verifier
 from llmcad_actors.tools.bundled import bundled_draft, bundled_target
 from tests.fakes import LocalDrafter, LocalVerifier, MemoryShards, Scripted, TickingClock
@@ -56,7 +58,7 @@ class Local:
         self.drafter = self._drafter()
 
     def _drafter(self) -> LocalDrafter | None:
-        spec = self.job.draft_spec()
+        spec = draft_spec(self.job)
         if spec is None:
             return None
         model = DraftModel(
@@ -82,7 +84,7 @@ class Local:
     ) -> tuple[tuple[int, ...], Stats]:
         events: list[Event] = []
         request = Request(tuple(prompt), count, self.job.stop_tokens, provisional=provisional)
-        learnt, clock = Learnt(policy or self.job.policy(), CostModel()), TickingClock()
+        learnt, clock = Learnt(policy or policy_of(self.job), CostModel()), TickingClock()
         asyncio.run(decode(request, self.drafter, self.verifier, learnt, clock, events.append))
         assert isinstance(events[-1], Finished)
         ids = tuple(token for event in events if isinstance(event, Tokens) for token in event.ids)
@@ -99,7 +101,7 @@ def local(target: Path, draft: Path | None, **settings: object) -> Local:
         **settings,  # type: ignore[arg-type]
     )
     job = prepare(config)
-    capacity = job.verifier_spec().capacity
+    capacity = verifier_spec(job).capacity
     model = Target(job.target, job.layout, MemoryShards(job.layout), dtype=torch.float32, capacity=capacity)
     return Local(job, LocalVerifier(model))
 

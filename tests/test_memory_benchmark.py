@@ -13,7 +13,7 @@ from benchmarks.memory import default_caps, parse_count
 from benchmarks.vocabularies import pair
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.machine.limits import memory_limit
-from llmcad_actors.plan.job import prepare
+from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.text.tokenizer import read_tokenizer
 from llmcad_actors.tools.bundled import bundled_draft, bundled_target
 from tests.actors.engines import job

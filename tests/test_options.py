@@ -16,7 +16,7 @@ from llmcad_actors import Engine, EngineConfig
 from llmcad_actors.config import Settings, setting_names
 from llmcad_actors.core.quoting import quoted
 from llmcad_actors.errors import ConfigError, LlmcadError, MemoryCapError
-from llmcad_actors.plan.job import prepare
+from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.plan.shorthand import spelled_out
 from llmcad_actors.request_options import RequestOptions
 from llmcad_actors.tools.bundled import bundled_draft, bundled_target

@@ -152,8 +152,10 @@ def plan(job: "Prepared", as_json: AsJson = False) -> None:
 
     if (short := shortage(job)) is not None:
         tell([f"it could not be started now: {short}"])
+    from llmcad_actors.plan.prediction import forecast  # here: help needs no numpy
+
     if as_json:
-        output.write(json.dumps(job.forecast()) + "\n")
+        output.write(json.dumps(forecast(job)) + "\n")
     else:
         from llmcad_actors.cli.views import plan_table
 

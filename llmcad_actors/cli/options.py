@@ -255,7 +255,7 @@ def settings_from_options(
 
 def job_of(given: Mapping[str, Any], make_demo: Callable[[], Path]) -> "Prepared":
     """The checked job that the settings describe; what should be known of it is said."""
-    from llmcad_actors.plan.job import prepare  # here: help needs neither numpy nor tokenizers
+    from llmcad_actors.plan.prepare import prepare  # here: help needs neither numpy nor tokenizers
 
     job = prepare(spelled_out(EngineConfig(**{"target": DEMO, **given}), make_demo))
     tell([*without_draft(given, job), *without_effect(given, job), *job.notices])

@@ -10,6 +10,7 @@ from llmcad_actors.core.budget import format_size
 from llmcad_actors.core.quoting import shown
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.plan.job import Prepared
+from llmcad_actors.plan.prediction import draft_pays, figures_of, predicted_pass
 
 DEMO_ROWS: tuple[tuple[str, Callable[[Stats], str]], ...] = (
     ("seconds per token", lambda s: f"{s.seconds / s.new_tokens:.2f}"),
@@ -44,9 +45,9 @@ def plan_table(job: Prepared) -> Table:
     table.add_section()
     table.add_row("pinned", f"{len(memory.pinned)} of {len(memory.pinned) + len(memory.streamed)} shards")
     table.add_row("read from disk in a pass", format_size(memory.bytes_per_pass))
-    predicted = job.predicted_pass()
+    predicted = predicted_pass(job)
     table.add_section()
-    measured = job.measured()
+    measured = figures_of(job)
     table.add_row("predicted from", f"llmcad doctor {measured}" if measured else "a usual machine; run llmcad doctor")
     table.add_row("rows in a pass", str(predicted.rows))
     table.add_row("seconds per pass", f"{predicted.seconds:.2f}")
@@ -55,8 +56,8 @@ def plan_table(job: Prepared) -> Table:
     table.add_row("tokens per second", f"{predicted.tokens_per_second:.2f}")
     if job.draft is not None:
         table.add_section()
-        alone = job.without_draft().predicted_pass()
+        alone = predicted_pass(job.without_draft())
         table.add_row("seconds per token with the draft", f"{predicted.seconds_per_token:.3g}")
         table.add_row("without, its memory for the target", f"{alone.seconds_per_token:.3g}")
-        table.add_row("faster", "with the draft" if job.draft_pays else "without the draft: --draft none")
+        table.add_row("faster", "with the draft" if draft_pays(job) else "without the draft: --draft none")
     return table

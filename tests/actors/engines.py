@@ -9,7 +9,8 @@ import psutil
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import smallest_cap
 from llmcad_actors.plan.footprint import budget_inputs
-from llmcad_actors.plan.job import Prepared, prepare
+from llmcad_actors.plan.job import Prepared
+from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.tools.bundled import bundled_draft, bundled_target
 from tests.tiny import tiny_llama, with_template
 

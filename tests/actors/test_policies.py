@@ -35,6 +35,8 @@ from llmcad_actors.core.worth import Worth
 from llmcad_actors.loop import Learnt, decode
 from llmcad_actors.messages import Event, Request, Tokens, pack, unpack
 from llmcad_actors.plan.job import Prepared
+from llmcad_actors.plan.prediction import first_costs
+from llmcad_actors.plan.specs import draft_spec, loader_spec, policy_of, verifier_spec
 from llmcad_actors.tools.bundled import bundled_draft, bundled_target
 from tests.actors.engines import job
 from tests.family_cases import CASES
@@ -82,16 +84,16 @@ class Actors:
         self.path, self._prepared = prepared.target.path, prepared
         actors = start_actors(
             line,
-            prepared.loader_spec(),
-            prepared.verifier_spec(),
+            loader_spec(prepared),
+            verifier_spec(prepared),
             None,
-            prepared.policy(),
-            prepared.costs(),
+            policy_of(prepared),
+            first_costs(prepared),
             lambda what: None,
         )
         stack.callback(actors.close)
         self._verifier = RemoteVerifier(actors.verifier.handle)
-        self._draft = ray.remote(num_cpus=0)(AnyBuilder).remote(pack(prepared.draft_spec()))
+        self._draft = ray.remote(num_cpus=0)(AnyBuilder).remote(pack(draft_spec(prepared)))
         stack.callback(_end, self._draft)
         fetch(self._draft.ready.remote(), 120, "the draft's start")
 
@@ -101,7 +103,7 @@ class Actors:
         fetch(self._draft.use.remote(builder), 60, "another builder")
         events: list[Event] = []
         request = Request(ids, COUNT, self._prepared.stop_tokens, provisional=provisional)
-        learnt, clock = Learnt(policy, self._prepared.costs()), MonotonicClock()
+        learnt, clock = Learnt(policy, first_costs(self._prepared)), MonotonicClock()
         asyncio.run(decode(request, RemoteDrafter(self._draft), self._verifier, learnt, clock, events.append))
         found = [event for event in events if isinstance(event, Tokens)]
         return tuple(i for event in found for i in event.ids), found[-1].stats

@@ -20,7 +20,9 @@ from typer.testing import CliRunner
 from llmcad_actors.cli.options import takes_job
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.stats import Stats
-from llmcad_actors.plan.job import Prepared, prepare
+from llmcad_actors.plan.job import Prepared
+from llmcad_actors.plan.prediction import forecast
+from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.tools.bundled import bundled_draft, bundled_target
 from llmcad_actors.tools.enlarge import enlarge, sketch
@@ -325,7 +327,7 @@ def test_a_sketch_is_planned_as_the_model_itself(tmp_path: Path) -> None:
     assert places[0] == places[1]
     assert found.config == made.config
     assert sum(file.stat().st_blocks * 512 for file in holes.glob("*.safetensors")) < 1_000_000
-    forecasts = [prepare(EngineConfig(target=str(path), memory="1.3GB")).forecast() for path in (holes, real)]
+    forecasts = [forecast(prepare(EngineConfig(target=str(path), memory="1.3GB"))) for path in (holes, real)]
     assert forecasts[0] == forecasts[1]
 
 

@@ -28,7 +28,8 @@ from llmcad_actors.core.budget import format_size
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.engine import Engine
 from llmcad_actors.errors import ActorFailure, StorageError
-from llmcad_actors.plan.job import Prepared, prepare
+from llmcad_actors.plan.job import Prepared
+from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.results import Piece
 from llmcad_actors.tools.bundled import bundled_draft, bundled_target
 from tests.actors.engines import job as make_job

@@ -17,7 +17,8 @@ from llmcad_actors.cli.commands import app
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.checks import check_text
 from llmcad_actors.errors import ConfigError
-from llmcad_actors.plan.job import Prepared, prepare
+from llmcad_actors.plan.job import Prepared
+from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.plan.prompt import check_prompt, room_behind
 from tests.tiny import tiny_llama, with_template
 

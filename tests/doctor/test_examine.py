@@ -48,7 +48,8 @@ from llmcad_actors.machine.figures import (
 from llmcad_actors.machine.limits import MemoryLimit
 from llmcad_actors.machine.load import LoadWatch, Taken
 from llmcad_actors.machine.orphans import Orphans, find_orphans
-from llmcad_actors.plan.job import prepare
+from llmcad_actors.plan.prediction import forecast
+from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.storage.checkpoint import Checkpoint
 from tests.actors.engines import job
 from tests.tiny import tiny_llama
@@ -401,14 +402,14 @@ def test_figures_without_a_load_are_read_and_not_lost_to_busy_ones(cache: Path, 
 def test_the_plan_says_when_its_figures_were_taken_and_beside_what(cache: Path, tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "model", layers=1)
     remember(model, DISK, replace(COMPUTE, layer_flops={"float32": {1: 1e9}, "bfloat16": {1: 1e9}}), BUSY, QUIET)
-    forecast = job(model, None).forecast()
-    assert forecast["is_measured"]
-    assert forecast["measured"] == (
+    said = forecast(job(model, None))
+    assert said["is_measured"]
+    assert said["measured"] == (
         "(disk: 2026-11-25, other programs used 1.4 of 2 cores; cores: 2026-11-20, quiet machine)"
     )
     screen = Console(width=200, record=True, file=io.StringIO())
     screen.print(plan_table(job(model, None)))
-    assert f"llmcad doctor {forecast['measured']}" in screen.export_text()
+    assert f"llmcad doctor {said['measured']}" in screen.export_text()
 
 
 def verdict_of(report: Report, name: str) -> tuple[str, str]:

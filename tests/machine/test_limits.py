@@ -25,7 +25,7 @@ from llmcad_actors.machine.limits import (
     within_free,
 )
 from llmcad_actors.plan.admission import admit
-from llmcad_actors.plan.job import prepare
+from llmcad_actors.plan.prepare import prepare
 from tests.sparse import sparse_checkpoint
 from tests.tiny import tiny_llama
 

@@ -18,7 +18,8 @@ from llmcad_actors.machine.limits import FreeMemory, ram_bytes
 from llmcad_actors.machine.memory import process_pss
 from llmcad_actors.plan.admission import Admission, _notes, _write, admit, shortage
 from llmcad_actors.plan.footprint import CALLER
-from llmcad_actors.plan.job import Prepared, prepare
+from llmcad_actors.plan.job import Prepared
+from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.tools.bundled import bundled_draft, bundled_target
 
 MB = 10**6

@@ -17,7 +17,9 @@ from llmcad_actors.plan.forecast import (
     MEMORY_BYTES_PER_S,
     Forecaster,
 )
-from llmcad_actors.plan.job import GUESSED_ROWS, prepare
+from llmcad_actors.plan.prediction import GUESSED_ROWS, draft_pays, first_costs, forecast, forecaster_of, predicted_pass
+from llmcad_actors.plan.prepare import prepare
+from llmcad_actors.plan.specs import loader_spec
 from llmcad_actors.tools.bundled import bundled_draft, bundled_target
 from tests.actors.engines import job
 from tests.tiny import tiny_llama
@@ -79,13 +81,13 @@ def test_the_plan_says_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("LLMCAD_CACHE", str(tmp_path / "empty"))
     for draft in (None, bundled_draft()):
         prepared = job(bundled_target(), draft, max_nodes=30, read_limit="10MB/s")
-        said = prepared.forecast()
-        assert said["seconds_per_pass"] == prepared.predicted_pass().seconds > said["read_seconds_per_pass"] > 0
+        said = forecast(prepared)
+        assert said["seconds_per_pass"] == predicted_pass(prepared).seconds > said["read_seconds_per_pass"] > 0
         round_s = said["drafting_seconds_per_pass"] + said["seconds_per_pass"]
         assert said["tokens_per_second"] * round_s == pytest.approx(said["tokens_per_pass_assumed"])
         assert said["tokens_per_second"] * said["seconds_per_token"] == pytest.approx(1)
         assert (said["rows_per_pass"] == 1) is (draft is None)
-        alone = prepared.without_draft().predicted_pass().seconds_per_token
+        alone = predicted_pass(prepared.without_draft()).seconds_per_token
         assert said["seconds_per_token_without_draft"] == alone
         assert said["draft_pays"] is (None if draft is None else alone > said["seconds_per_token"])
 
@@ -114,8 +116,8 @@ def test_the_plan_tells_of_a_draft_that_will_not_pay(monkeypatch: pytest.MonkeyP
     assert "the plan expects nothing of the draft" in told
     assert f"--draft none frees {format_size(equal.draft_bytes)}" in told
     assert not any("draft" in notice for notice in small.notices)
-    assert equal.forecast()["draft_pays"] is False
-    assert not can_pay(equal.costs().costs()) and can_pay(small.costs().costs())
+    assert forecast(equal)["draft_pays"] is False
+    assert not can_pay(first_costs(equal).costs()) and can_pay(first_costs(small).costs())
     assert 0 < small.draft_bytes < equal.draft_bytes
     assert bundled_draft().joinpath("model.safetensors").stat().st_size < small.draft_bytes
 
@@ -125,7 +127,7 @@ def test_a_drafts_memory_may_be_worth_more_to_the_target(monkeypatch: pytest.Mon
     monkeypatch.setenv("LLMCAD_CACHE", str(tmp_path / "empty"))
     with_draft = job(bundled_target(), bundled_draft(), read_limit="1MB/s")
     assert with_draft.memory.streamed and not with_draft.without_draft().memory.streamed
-    assert with_draft.draft_pays is False
+    assert draft_pays(with_draft) is False
     assert with_draft.without_draft().memory == prepare(replace(with_draft.config, draft=None)).memory
 
 
@@ -134,11 +136,11 @@ def test_under_a_cap_for_one_shard_reading_and_computing_add_up(tmp_path: Path) 
     roomy = job(tiny_llama(tmp_path), None)
     for overlaps in (True, False):
         prepared = replace(roomy, memory=replace(roomy.memory, overlaps=overlaps))
-        predicted = prepared.predicted_pass()
+        predicted = predicted_pass(prepared)
         hidden = (1 - NOT_HIDDEN_ONE_ROW) * min(predicted.read_s, predicted.compute_s)
         expected = predicted.read_s + predicted.compute_s - (hidden if overlaps else 0.0)
         assert predicted.seconds == pytest.approx(expected)
-        assert prepared.costs().overlaps == prepared.loader_spec().read_ahead == overlaps
+        assert first_costs(prepared).overlaps == loader_spec(prepared).read_ahead == overlaps
 
 
 def test_plan_and_policy_have_one_model_of_a_pass() -> None:
@@ -147,6 +149,6 @@ def test_plan_and_policy_have_one_model_of_a_pass() -> None:
         for overlaps in (True, False):
             roomy = job(bundled_target(), bundled_draft(), max_nodes=30, read_limit=read_limit)
             prepared = replace(roomy, memory=replace(roomy.memory, overlaps=overlaps))
-            costs, forecaster = prepared.costs().costs(), prepared._forecaster()
+            costs, forecaster = first_costs(prepared).costs(), forecaster_of(prepared)
             tree = forecaster.of_rows(GUESSED_ROWS)
             assert float(costs.pass_seconds(GUESSED_ROWS - 1)) == pytest.approx(tree.seconds)

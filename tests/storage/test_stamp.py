@@ -8,7 +8,7 @@ import pytest
 
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.errors import StorageError
-from llmcad_actors.plan.job import prepare
+from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.storage.checkpoint import Checkpoint
 from tests.tiny import tiny_llama
 

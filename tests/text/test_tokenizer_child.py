@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.errors import TokenizerError
 from llmcad_actors.plan.footprint import CALLER, tokenizer_bytes
-from llmcad_actors.plan.job import Prepared, prepare
+from llmcad_actors.plan.job import Prepared
+from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.text.tokenizer_child import (
     SMALL_BYTES,

@@ -27,7 +27,7 @@ from llmcad_actors.engine import Engine
 from llmcad_actors.errors import UserError
 from llmcad_actors.messages import pack, unpack, unpack_stream
 from llmcad_actors.plan.footprint import budget_inputs
-from llmcad_actors.plan.job import prepare
+from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.results import Result
 from llmcad_actors.tools.bundled import bundled_draft, bundled_target
 from llmcad_actors.trace.file import (
