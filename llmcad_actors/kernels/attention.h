@@ -214,7 +214,7 @@ static void NAME(cap)(float *scores, long count, float cap)
 {
     for (long i = 0; i < count; i += LANES) {
         const long now = least(count - i, LANES);
-        const NAME(vector) bent = NAME(bend)(NAME(widen_part)(scores + i, now, FLOAT32) / cap) * cap;
+        const NAME(vector) bent = NAME(bend)(NAME(load_part)(scores + i, now) / cap) * cap;
         memcpy(scores + i, &bent, now * sizeof(float));
     }
 }

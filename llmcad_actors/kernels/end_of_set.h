@@ -3,3 +3,4 @@
 #undef ROWS
 #undef OUTS
 #undef WIDTH
+#undef IN_REGISTER

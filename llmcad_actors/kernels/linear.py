@@ -7,7 +7,7 @@ done in bfloat16 on CPUs without instructions for that, where torch's emulation 
 """
 
 import functools
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from llmcad_actors.kernels import half_weights, products
+from llmcad_actors.kernels import products
 from llmcad_actors.kernels import library as kernels
 from llmcad_actors.machine.processor import has_bfloat16
 
@@ -50,7 +50,7 @@ class _Widened:
 
     def __call__(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         flat = rows.reshape(-1, rows.shape[-1])
-        product = _kernel(rows.dtype, weight)
+        product = products.times if _has_kernel(weight) else None
         if rows.dtype == weight.dtype and product is None and (len(flat) == 1 or rows.dtype == torch.float32):
             return F.linear(rows, weight, bias)  # for one row torch has a kernel of its own too
         wide = (product or self._by_blocks)(flat.float().contiguous(), weight)
@@ -79,22 +79,9 @@ widened = _Widened()
 """One thread at a time."""
 
 
-def _kernel(dtype: torch.dtype, weight: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
-    """The package's own product for rows in `dtype`, float32 by now; None where there is none for such weights."""
-    if dtype == torch.float32:
-        return products.times if _is_for(kernels.available(), products.KINDS, weight) else None
-    return _half_product if _is_for(half_weights.available(), half_weights.KINDS, weight) else None
-
-
-def _is_for(is_available: bool, kinds: Container[torch.dtype], weight: torch.Tensor) -> bool:
-    return is_available and weight.dtype in kinds and weight.is_contiguous()
-
-
-def _half_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """For passes in bfloat16: one row has a kernel of its own."""
-    if len(rows) == 1 and weight.dtype == torch.bfloat16:
-        return half_weights.row_times(rows[0], weight)
-    return half_weights.times(rows, weight)
+def _has_kernel(weight: torch.Tensor) -> bool:
+    """Whether the package's own product is built, and for such weights."""
+    return kernels.available() and weight.dtype in products.KINDS and weight.is_contiguous()
 
 
 def widening_pays(dtype: torch.dtype) -> bool:
@@ -109,12 +96,11 @@ def cores(dtype: torch.dtype) -> Iterator[None]:
     OpenMP's threads would spin between products. And oneDNN has a GELU of its own, for dense rows only: in float32, not
     the bits that other rows get.
     """
-    is_exact = dtype == torch.float32
-    if not (kernels.available() if is_exact else half_weights.available()):
+    if not kernels.available():
         yield
         return
     was_enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = was_enabled and not is_exact  # type: ignore[assignment]
+    torch.backends.mkldnn.enabled = was_enabled and dtype != torch.float32  # type: ignore[assignment]
     try:
         with kernels.threads.taken():
             yield

@@ -1,9 +1,10 @@
 /* x86 with AVX2, FMA and F16C: vectors of eight floats. */
 
 #define LANES 8
-#define ROWS 4
-#define OUTS 3
+#define ROWS 3
+#define OUTS 4
 #define WIDTH 2
+#define IN_REGISTER(value) __asm__("" : "+x"(value)) /* where gcc would read it from memory for each use */
 
 typedef float NAME(vector) __attribute__((vector_size(32)));
 typedef float NAME(loose) __attribute__((vector_size(32), aligned(4), may_alias));

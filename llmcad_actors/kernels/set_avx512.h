@@ -4,6 +4,7 @@
 #define ROWS 6
 #define OUTS 4
 #define WIDTH 4
+#define IN_REGISTER(value)
 
 typedef float NAME(vector) __attribute__((vector_size(64)));
 typedef float NAME(loose) __attribute__((vector_size(64), aligned(4), may_alias));

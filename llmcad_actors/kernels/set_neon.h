@@ -4,6 +4,7 @@
 #define ROWS 6
 #define OUTS 4
 #define WIDTH 4
+#define IN_REGISTER(value)
 
 typedef four NAME(vector);
 typedef loose_four NAME(loose);

@@ -8,6 +8,7 @@
 #endif
 #define OUTS 4
 #define WIDTH 4
+#define IN_REGISTER(value)
 
 typedef four NAME(vector);
 typedef loose_four NAME(loose);

@@ -1,24 +1,14 @@
 """What the processor can do, read without torch."""
 
 import os
-import platform
 from pathlib import Path
 
 BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # x86: two; ARM: one
-VECTOR_FLAGS = frozenset({"avx2", "fma", "f16c"})
 
 
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def has_vectors(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str = platform.machine()) -> bool:
-    """Whether the package's own kernels (`kernels/`) run here: x86 with AVX2, or 64-bit ARM."""
-    if machine in ("aarch64", "arm64"):
-        return True
-    flags = _flags(cpuinfo)
-    return bool(flags) and all(each >= VECTOR_FLAGS for each in flags)
 
 
 def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from llmcad_actors.kernels import half_weights, linear
+from llmcad_actors.kernels import linear
 from llmcad_actors.kernels import library as kernels
 from llmcad_actors.kernels.linear import chosen, converted, install, widened
 
@@ -26,10 +26,9 @@ def matrices(stored: torch.dtype, dtype: torch.dtype, rows: int, bias: bool) -> 
 def test_sums_are_formed_in_float32(
     monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, dtype: torch.dtype, bias: bool, rows: int, kernel: bool
 ) -> None:
-    if kernel and not (kernels.available() and half_weights.available()):
+    if kernel and not kernels.available():
         pytest.skip("the kernels are not built")
-    for module in (kernels, half_weights):
-        monkeypatch.setattr(module, "available", lambda: kernel)
+    monkeypatch.setattr(kernels, "available", lambda: kernel)
     monkeypatch.setattr(linear, "BLOCK_BYTES", 10 * 4 * 24)  # ten rows of the weight a block, seven in the last
     x, weight, offset = matrices(stored, dtype, rows, bias)
     exact = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
@@ -37,6 +36,15 @@ def test_sums_are_formed_in_float32(
     assert found.dtype == dtype and found.shape == exact.shape
     ulp = 2**-7 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(found.double(), exact, rtol=ulp, atol=ulp / 10)
+
+
+@pytest.mark.skipif(not kernels.sets(), reason="the kernels are not built")
+@pytest.mark.parametrize("rows", [1, 2, 17])
+def test_a_bfloat16_row_has_the_same_bits_whatever_stands_beside_it(rows: int) -> None:
+    """They are float32's, rounded once."""
+    x, weight, _ = matrices(torch.bfloat16, torch.bfloat16, rows, bias=False)
+    alone = torch.cat([widened(x[:, row : row + 1].float(), weight) for row in range(rows)], dim=1)
+    assert torch.equal(widened(x, weight), alone.bfloat16())
 
 
 @pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "torch"])

@@ -17,7 +17,7 @@ from llmcad_actors.kernels import products
 needs_kernels = pytest.mark.skipif(not kernels.sets(), reason="the kernels are not built")
 every_set = pytest.mark.parametrize("instructions", kernels.sets())
 STORED = list(products.KINDS)
-DEPTHS = [1, 3, 7, 8, 15, 16, 17, 31, 64, 257, 511, 512, 513, 1100]
+DEPTHS = [1, 3, 7, 8, 15, 16, 17, 31, 64, 257, 511, 639, 640, 641, 1300]
 
 
 @pytest.mark.skipif(not shutil.which("gcc"), reason="cannot be built here")
