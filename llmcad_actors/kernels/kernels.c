@@ -53,11 +53,29 @@ INLINE long most(long one, long other)
     return one > other ? one : other;
 }
 
+/* What AMX leaves to another set */
+#if defined(LLMCAD_EMULATED_TILES)
+#define OTHER_SET PORTABLE
+#define OTHER(name) JOINED(name, portable)
+#elif defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define OTHER_SET AVX512
+#define OTHER(name) JOINED(name, avx512)
+#endif
+#if defined(OTHER)
+#include "tiles.h"
+#endif
+
 #define SET portable
 #include "set_portable.h"
 #include "products.h"
 #include "attention.h"
 #include "end_of_set.h"
+
+#if defined(LLMCAD_EMULATED_TILES)
+#define SET amx
+#include "set_amx.h"
+#include "end_of_set.h"
+#endif
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -86,6 +104,11 @@ INLINE long most(long one, long other)
 #include "products.h"
 #include "attention.h"
 #include "end_of_set.h"
+#if defined(OTHER) && !defined(LLMCAD_EMULATED_TILES)
+#define SET amx
+#include "set_amx.h"
+#include "end_of_set.h"
+#endif
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -106,6 +129,10 @@ int llmcad_has(int set)
 {
     if (set == PORTABLE)
         return 1;
+#if defined(OTHER)
+    if (set == AMX)
+        return llmcad_has(OTHER_SET) && tiles_allowed() && works_amx();
+#endif
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -123,6 +150,10 @@ int llmcad_has(int set)
 
 long llmcad_room(int set, const struct product *product)
 {
+#if defined(OTHER)
+    if (set == AMX)
+        return room_amx(product);
+#endif
 #if defined(__x86_64__)
     if (set == AVX512)
         return room_avx512(product);
@@ -137,6 +168,11 @@ long llmcad_room(int set, const struct product *product)
 
 void llmcad_pack(int set, const struct product *product)
 {
+#if defined(OTHER)
+    if (set == AMX)
+        pack_amx(product);
+    else
+#endif
 #if defined(__x86_64__)
     if (set == AVX512)
         pack_avx512(product);
@@ -153,6 +189,11 @@ void llmcad_pack(int set, const struct product *product)
 
 void llmcad_times(int set, const struct product *product, atomic_long *next)
 {
+#if defined(OTHER)
+    if (set == AMX)
+        times_amx(product, next);
+    else
+#endif
 #if defined(__x86_64__)
     if (set == AVX512)
         times_avx512(product, next);
@@ -169,6 +210,10 @@ void llmcad_times(int set, const struct product *product, atomic_long *next)
 
 int llmcad_attend(int set, const struct attention *attention, atomic_long *next)
 {
+#if defined(OTHER)
+    if (set == AMX)
+        return OTHER(attend)(attention, next);
+#endif
 #if defined(__x86_64__)
     if (set == AVX512)
         return attend_avx512(attention, next);

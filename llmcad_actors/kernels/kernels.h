@@ -6,7 +6,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-enum set { PORTABLE, AVX2, AVX512, NEON, SETS }; /* of instructions, slow ones first */
+enum set { PORTABLE, AVX2, AVX512, AMX, NEON, SETS }; /* of instructions, slow ones first */
 enum kind { BFLOAT16, FLOAT16, FLOAT32 };        /* of stored weights */
 
 /* Rows in float32 times weights as stored: result[row][out] = sum over i of weights[out][i] * rows[row][i].

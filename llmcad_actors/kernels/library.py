@@ -17,7 +17,7 @@ import torch
 import llmcad_actors.kernels
 from llmcad_actors.errors import ConfigError
 
-SETS = ("portable", "avx2", "avx512", "neon")
+SETS = ("portable", "avx2", "avx512", "amx", "neon")
 """Of instructions, slow ones first, as in kernels.h."""
 
 VARIABLE = "LLMCAD_KERNELS"
@@ -128,7 +128,12 @@ def library() -> ctypes.CDLL | None:
     spec = PathFinder.find_spec("llmcad_actors.kernels.native", llmcad_actors.kernels.__path__)
     if spec is None or spec.origin is None:
         return None
-    built = ctypes.CDLL(spec.origin)  # calls let other Python threads run
+    return loaded(spec.origin)
+
+
+def loaded(path: str) -> ctypes.CDLL:
+    """The kernels that were built as this file."""
+    built = ctypes.CDLL(path)  # calls let other Python threads run
     address, number, index = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     built.llmcad_has.argtypes = [index]
     built.llmcad_room.argtypes = built.llmcad_pack.argtypes = [index, address]

@@ -17,8 +17,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from llmcad_actors.kernels import products
 from llmcad_actors.kernels import library as kernels
+from llmcad_actors.kernels import products
 from llmcad_actors.machine.processor import has_bfloat16
 
 BLOCK_BYTES = 4 << 20

@@ -8,7 +8,7 @@
 
 #include "../../llmcad_actors/kernels/kernels.h"
 
-static const char *NAMES[] = {"portable", "avx2", "avx512", "neon"};
+static const char *NAMES[] = {"portable", "avx2", "avx512", "amx", "neon"};
 static int failures, checks;
 
 #define CHECK(condition, ...)                                                                                          \

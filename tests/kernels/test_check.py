@@ -13,14 +13,16 @@ WATCHED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=u
 
 
 @pytest.mark.skipif(not shutil.which("gcc"), reason="there is no compiler")
-def test_the_kernels_are_right_and_stay_inside_their_arrays(tmp_path: Path) -> None:
-    """With every instruction set that the machine has; without the sanitizers where gcc lacks them."""
+@pytest.mark.parametrize(("defined", "checked"), [("LLMCAD", "portable"), ("LLMCAD_EMULATED_TILES", "amx")])
+def test_the_kernels_are_right_and_stay_inside_their_arrays(tmp_path: Path, defined: str, checked: str) -> None:
+    """With every instruction set that the machine has, and with AMX; without the sanitizers where gcc lacks them."""
     for options in (WATCHED, ["-O3"]):
-        command = ["gcc", *options, "-ffp-contract=off", *map(str, SOURCES), "-lm", "-o", str(tmp_path / "check")]
+        options = [*options, f"-D{defined}", "-ffp-contract=off"]
+        command = ["gcc", *options, *map(str, SOURCES), "-lm", "-o", str(tmp_path / "check")]
         built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode == 0:
             break
     assert built.returncode == 0, built.stderr
     ran = subprocess.run([tmp_path / "check"], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "portable: " in ran.stdout and "all right" in ran.stdout
+    assert f"{checked}: " in ran.stdout and "all right" in ran.stdout

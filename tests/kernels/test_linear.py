@@ -7,8 +7,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from llmcad_actors.kernels import linear
 from llmcad_actors.kernels import library as kernels
+from llmcad_actors.kernels import linear
 from llmcad_actors.kernels.linear import chosen, converted, install, widened
 
 

@@ -1,8 +1,13 @@
 """The package's own products: right for every shape, and a row's do not depend on the rows beside it."""
 
+import ctypes
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -15,9 +20,29 @@ from llmcad_actors.kernels import library as kernels
 from llmcad_actors.kernels import products
 
 needs_kernels = pytest.mark.skipif(not kernels.sets(), reason="the kernels are not built")
-every_set = pytest.mark.parametrize("instructions", kernels.sets())
+EMULATED = ("amx",) if shutil.which("gcc") and "amx" not in kernels.sets() else ()
+every_set = pytest.mark.parametrize("instructions", [*kernels.sets(), *EMULATED])
 STORED = list(products.KINDS)
 DEPTHS = [1, 3, 7, 8, 15, 16, 17, 31, 64, 257, 511, 639, 640, 641, 1300]
+
+
+@cache
+def emulating() -> ctypes.CDLL:
+    """The kernels built with tiles in plain C: AMX's own code, on any machine."""
+    source = str(Path(kernels.__file__).parent / "kernels.c")
+    options = ["-O2", "-shared", "-fPIC", "-ffp-contract=off", "-DLLMCAD_EMULATED_TILES"]
+    with TemporaryDirectory() as folder:
+        subprocess.run(["gcc", *options, source, "-lm", "-o", f"{folder}/kernels.so"], check=True)
+        return kernels.loaded(f"{folder}/kernels.so")
+
+
+@contextmanager
+def using(instructions: str) -> Iterator[None]:
+    """That set inside."""
+    with pytest.MonkeyPatch.context() as patched, kernels.instructions.forced(instructions):
+        if instructions in EMULATED:
+            patched.setattr(kernels, "library", emulating)
+        yield
 
 
 @pytest.mark.skipif(not shutil.which("gcc"), reason="cannot be built here")
@@ -54,7 +79,7 @@ def test_errors_are_at_most_four_times_those_of_torch(
     x = torch.randn(rows, depth) * 10 ** (decades * (2 * torch.rand(depth) - 1))
     weight = torch.randn(outputs, depth).to(stored)
     exact = x.double() @ weight.double().t()
-    with kernels.instructions.forced(instructions):
+    with using(instructions):
         found = products.times(x, weight)
     assert found.dtype == torch.float32
     torchs = (F.linear(x, weight.float()) - exact).abs()
@@ -70,7 +95,7 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(instructions: str, st
     """Alone, among few, among as many as are held at once, and among more."""
     torch.manual_seed(depth)
     x, weight = torch.randn(260, depth), torch.randn(43, depth).to(stored)
-    with kernels.instructions.forced(instructions):
+    with using(instructions):
         alone = torch.cat([products.times(x[i : i + 1], weight) for i in range(len(x))])
         for count in (*range(2, 20), 40, 41, 47, 48, 64, 95, 96, 97, 144, 193, 260):
             for start in {0, 3, len(x) - count} if count < 250 else {0}:
@@ -85,7 +110,7 @@ def test_special_values_stay_what_they_are(instructions: str, rows: int, stored:
     """Smallest numbers, of each type its own, too: torch keeps float32's, so do the kernels."""
     values = [0.0, -0.0, 1.0, float("inf"), -float("inf"), float("nan"), torch.finfo(stored).max, 6e-8, 1e-40]
     weight = torch.tensor(values * 3).to(stored)[:, None]
-    with kernels.instructions.forced(instructions):
+    with using(instructions):
         found = products.times(torch.ones(rows, 1), weight)
     for row in found:
         torch.testing.assert_close(row, weight[:, 0].float(), rtol=0, atol=0, equal_nan=True)
@@ -98,7 +123,7 @@ def test_what_is_no_number_stays_in_its_row_and_output(instructions: str, rows: 
     torch.manual_seed(3)
     x, weight = torch.randn(rows, 40), torch.randn(30, 40).bfloat16()
     x[rows // 2, 33], weight[7, 39] = float("nan"), float("inf")
-    with kernels.instructions.forced(instructions):
+    with using(instructions):
         found = products.times(x, weight)
     lost = torch.zeros(rows, 30, dtype=torch.bool)
     lost[rows // 2, :] = lost[:, 7] = True
@@ -112,24 +137,25 @@ def test_what_is_no_number_stays_in_its_row_and_output(instructions: str, rows: 
 def test_weights_may_lie_at_any_address(instructions: str, rows: int, stored: torch.dtype) -> None:
     torch.manual_seed(1)
     buffer, x = torch.randn(1 + 13 * 29).to(stored), torch.randn(rows, 29)
-    with kernels.instructions.forced(instructions):
+    with using(instructions):
         found = products.times(x, buffer[1:].view(13, 29))
         assert torch.equal(found, products.times(x, buffer[1:].view(13, 29).clone()))
     torch.testing.assert_close(found, x @ buffer[1:].view(13, 29).float().t(), rtol=0, atol=1e-5)
 
 
 @needs_kernels
+@every_set
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("rows", [1, 5, 100])
 def test_every_output_is_computed_once_whatever_the_threads(
-    monkeypatch: pytest.MonkeyPatch, threads: int, rows: int
+    monkeypatch: pytest.MonkeyPatch, instructions: str, threads: int, rows: int
 ) -> None:
     monkeypatch.setattr(products, "SMALL", 0)
     torch.manual_seed(2)
-    x, weight = torch.randn(rows, 128), torch.randn(1000, 128).bfloat16()
-    with torch_threads(1):
+    x, weight = torch.randn(rows, 32), torch.randn(1000, 32).bfloat16()
+    with torch_threads(1), using(instructions):
         expected = products.times(x, weight)
-    with torch_threads(threads):
+    with torch_threads(threads), using(instructions):
         for _ in range(20):
             assert torch.equal(products.times(x, weight), expected)
 
