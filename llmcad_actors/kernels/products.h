@@ -1,8 +1,9 @@
 /* Float32 rows times stored weights, for one instruction set (SET; LANES floats a vector; tiles of OUTS x ROWS sums).
  *
- * Every sum is formed in one order whatever the number of rows: LANES partial sums, to which inputs are added a STEP
- * at a time, in two halves; then the lanes' sums in pairs. Of bfloat16 weights the even ones of a STEP are its first half, and the
- * odd ones its second: in a word of 32 bits, one shifted up and the other with the rest masked off are float32 already.
+ * Every sum is formed in one order whatever the number of rows: LANES partial sums, to which inputs are added a STEP at
+ * a time, in two halves; then the lanes' sums in pairs. Of bfloat16 weights the even ones of a STEP are its first half,
+ * and the odd ones its second: in a word of 32 bits, one shifted up, and the other with the rest masked off, are float32
+ * already.
  *
  * Rows are packed first, in tiles of at most ROWS, in the order in which they are read. The first tile is multiplied
  * with weights straight from memory; if there are more, it leaves them, widened, in the first cache for the others.

@@ -6,7 +6,7 @@
  * So sums are formed in one order whatever the number of rows.
  *
  * Tiles take numbers too small for a full mantissa as 0, and lower parts make infinity times them no number. Results
- * that this may have touched are computed anew by OTHER: those that are not finite, and those so small beside the
+ * that this may have touched are computed anew without them: those that are not finite, and those so small beside the
  * largest number of their row that 2^-126 for every product (with weights up to 2^15) could be seen in them.
  */
 
@@ -17,6 +17,12 @@
 #define HELD_GROUPS 16  /* groups of rows whose partial sums are held at once */
 
 typedef float NAME(tile)[TALL][TALL];
+
+/* Where the part `index` of `parts` alike ones begins. */
+static long NAME(share)(long all, long index, long parts)
+{
+    return all * index / parts;
+}
 
 /* How rows are packed: in `groups` of `width` rows, those that are not there zeros. */
 struct NAME(layout) {
@@ -169,16 +175,14 @@ static void NAME(multiply)(const struct product *p, const struct NAME(layout) *l
     TILE_STORE(3, sums[3], sizeof **sums);
 }
 
-/* One result, by the other set. */
+/* One result, by the processor's own numbers. */
 static void NAME(compute_anew)(const struct product *p, long row, long out)
 {
-    struct product one = *p;
-    atomic_long next = 0;
-    one.count = one.outputs = 1;
-    one.rows += row * p->depth;
-    one.weights = (const char *)p->weights + 2 * out * p->depth;
-    one.result += row * p->stride + out;
-    OTHER(times)(&one, &next);
+    const uint16_t *weights = (const uint16_t *)p->weights + out * p->depth;
+    double sum = 0;
+    for (long i = 0; i < p->depth; i++)
+        sum += (double)NAME(value)((uint32_t)weights[i] << 16) * p->rows[row * p->depth + i];
+    p->result[row * p->stride + out] = (float)sum;
 }
 
 /* `outs` results of a row from `out` on. */
@@ -258,26 +262,30 @@ static void NAME(times)(const struct product *p, atomic_long *next)
     NAME(shape)(l.width);
     for (long out; (out = atomic_fetch_add(next, 1) * PAIR) < p->outputs;)
         for (long turn = 0; turn < turns; turn++)
-            NAME(block_of_groups)(p, &l, sums, out, share(l.groups, turn, turns), share(l.groups, turn + 1, turns));
+            NAME(block_of_groups)(p, &l, sums, out, NAME(share)(l.groups, turn, turns),
+                                  NAME(share)(l.groups, turn + 1, turns));
     TILE_RELEASE();
 }
 
 /* Whether this machine's tiles do as they should: a small product with edges, beside the other set's. */
 static int NAME(works)(void)
 {
-    enum { COUNT = 2, OUTPUTS = 35, DEPTH = 75 };
+    enum { COUNT = 2, OUTPUTS = 35, DEPTH = 75, ROOM = 4096 };
     float rows[COUNT * DEPTH], results[2][COUNT * OUTPUTS];
     uint16_t weights[OUTPUTS * DEPTH];
-    float packed[16 + COUNT * PARTS * 3 * DEEP / 2] __attribute__((aligned(64)));
+    float packed[ROOM] __attribute__((aligned(64)));
     for (int i = 0; i < COUNT * DEPTH; i++)
         rows[i] = (float)(i * 37 % 101 - 50) / 101;
     for (int i = 0; i < OUTPUTS * DEPTH; i++)
         weights[i] = (uint16_t)(NAME(bits)((float)(i * 29 % 97 - 48) / 97) >> 16);
     struct product p = {rows, weights, packed, results[0], COUNT, OUTPUTS, DEPTH, OUTPUTS, BFLOAT16};
     atomic_long next = 0, others = 0;
+    if (NAME(room)(&p) > ROOM || OTHER(room)(&p) > ROOM)
+        return 0;
     NAME(pack)(&p);
     NAME(times)(&p, &next);
     p.result = results[1];
+    OTHER(pack)(&p);
     OTHER(times)(&p, &others);
     for (int i = 0; i < COUNT * OUTPUTS; i++)
         if (!(__builtin_fabsf(results[0][i] - results[1][i]) < 1e-5f))

@@ -15,6 +15,7 @@ from llmcad_actors.plan.footprint import (
 from llmcad_actors.plan.forecast import Forecaster, PassForecast
 from llmcad_actors.plan.job import Prepared
 
+SHORTEST_S = 1e-3  # a token: below it there is nothing to gain, and nobody waits
 GUESSED_ROWS = 32  # the pass that a first guess of costs is made for
 
 
@@ -69,6 +70,8 @@ def idle_draft(job: Prepared) -> tuple[str, ...]:
     if draft_pays(job) is not False:
         return ()
     with_draft, without = (predicted_pass(each).seconds_per_token for each in (job, job.without_draft()))
+    if with_draft < SHORTEST_S:
+        return ()
     return (
         f"the plan expects nothing of the draft: {with_draft:.2g} s a token with it, {without:.2g} without; "
         f"--draft none frees {format_size(job.draft_bytes)}",

@@ -11,8 +11,8 @@ import pytest
 from llmcad_actors.actors.library_pages import clean_code
 from llmcad_actors.core.budget import EMBEDDING_CACHE_BYTES
 from llmcad_actors.engine import Engine
+from llmcad_actors.machine import versions
 from llmcad_actors.machine.memory import by_group
-from llmcad_actors.models import thin_imports
 from llmcad_actors.plan.footprint import (
     DAEMONS,
     MB,
@@ -65,7 +65,7 @@ def test_the_torch_processes_take_what_the_plan_counts(use: dict[str, int], job:
 def test_an_untested_torch_is_charged_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     tested = overhead_bytes(2)
     assert tested <= 750 << 20
-    monkeypatch.setattr(thin_imports, "is_tested", lambda: False)
+    monkeypatch.setattr(versions, "is_tested", lambda name: False)
     assert overhead_bytes(2) == tested + 2 * (WHOLE_TORCH_PROCESS - TORCH_PROCESS)
 
 

@@ -74,17 +74,17 @@ def torch_threads(count: int) -> Iterator[None]:
 def test_errors_are_at_most_four_times_those_of_torch(
     instructions: str, rows: int, outputs: int, depth: int, stored: torch.dtype, decades: int, seed: int
 ) -> None:
-    """And one rounding: torch's may be nothing by chance."""
+    """Torch's largest of 70 outputs: a single one may be nothing by chance. And one rounding."""
     torch.manual_seed(seed)
     x = torch.randn(rows, depth) * 10 ** (decades * (2 * torch.rand(depth) - 1))
-    weight = torch.randn(outputs, depth).to(stored)
+    weight = torch.randn(70, depth).to(stored)
     exact = x.double() @ weight.double().t()
+    torchs = (F.linear(x, weight.float()) - exact).abs().max(dim=1, keepdim=True).values
     with using(instructions):
-        found = products.times(x, weight)
+        found = products.times(x, weight[:outputs])
     assert found.dtype == torch.float32
-    torchs = (F.linear(x, weight.float()) - exact).abs()
     rounding = x.double().abs() @ weight.double().abs().t() * 2**-23
-    assert bool(((found - exact).abs() <= 4 * torchs.max(dim=1, keepdim=True).values + rounding).all())
+    assert bool(((found - exact[:, :outputs]).abs() <= 4 * torchs + rounding[:, :outputs]).all())
 
 
 @needs_kernels

@@ -212,7 +212,7 @@ def clean(answer: bytes, *words: str) -> tuple[int, str]:
     script = (
         "import llmcad_actors.tools.caches as caches, sys; caches.is_a_session_running = lambda: False; "
         "from llmcad_actors.machine.orphans import Orphans; caches.find_orphans = lambda *_: Orphans(); "
-        "from llmcad_actors.cli.commands import main; sys.argv = ['llmcad', 'clean', *sys.argv[1:]]; main()"
+        "from llmcad_actors.cli.command import main; sys.argv = ['llmcad', 'clean', *sys.argv[1:]]; main()"
     )
     with subprocess.Popen([sys.executable, "-c", script, *words], stdin=child, stderr=subprocess.PIPE) as process:
         os.close(child)

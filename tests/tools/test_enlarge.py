@@ -21,7 +21,7 @@ from llmcad_actors.tools.enlarge import RECORD, enlarge
 from llmcad_actors.tools.enlarge_shape import LlamaShape, choose_shape
 from llmcad_actors.tools.enlarge_tensors import real_layers
 
-PAIR = Path(__file__).parents[1] / "llmcad_actors/assets/pair/target"
+PAIR = Path(__file__).parents[2] / "llmcad_actors/assets/pair/target"
 SMALL: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 32,
