@@ -1,6 +1,6 @@
 """Is this machine fit for llmcad, and how fast is it? Checks, each with a verdict and what to do; figures for planning.
 
-Measures disk and cores again every time and keeps the figures (`doctor_figures`). Starts Ray once and ends it.
+Measures disk and cores again every time and keeps the figures (`machine/figures.py`). Starts Ray once and ends it.
 """
 
 import json

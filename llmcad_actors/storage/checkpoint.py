@@ -1,6 +1,6 @@
 """A Hugging Face model directory, read in place: config.json and the headers of its safetensors files.
 
-Knows files and tensors, not what they mean (that is `layout.py` with `models/families.py`). Reads no weights.
+Knows files and tensors, not what they mean (that is `layout.py` with `families/families.py`). Reads no weights.
 """
 
 import re
