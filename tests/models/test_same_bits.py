@@ -13,11 +13,10 @@ import torch
 from llmcad_actors.core.acceptance import Choices
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.kernels import attention, products
-from llmcad_actors.kernels import library as kernels
 from llmcad_actors.models.target import Target
 from tests import encoder_decoder_cases, family_cases
 from tests.fakes import random_trees, tokens_to
-from tests.kernels.test_products import every_set, needs_kernels, torch_threads
+from tests.kernels.test_products import every_set, needs_kernels, torch_threads, using
 from tests.models.checkpoints import target_of
 from tests.tiny import BYTE_VOCAB
 
@@ -87,7 +86,7 @@ def test_in_every_family(name: str, tmp_path: Path) -> None:
 def test_with_all_instructions_and_stored_types(instructions: str, stored: torch.dtype, tmp_path: Path) -> None:
     path = ALL["gemma2"].save(tmp_path, dtype=stored)
     tree = random_trees(4, BYTE_VOCAB, max_nodes=NODES)(PROMPT)
-    with kernels.instructions.forced(instructions):
+    with using(instructions):
         found = Listened(path).after(PROMPT, (), tree)
         last = deepest(tree)[-1]
         assert torch.equal(found[1 + last], plain(path, tokens_to(tree, last))[-1])
