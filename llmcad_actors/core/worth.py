@@ -123,5 +123,5 @@ class Worth:
         times_faster = self.tokens * plain_s / max(self.seconds, _LEAST_S)
         if not self.plain_s:
             return times_faster < CLEARLY
-        most = float(LEAST_ROUNDS**self.num_plain)  # one measurement may have been a hiccup
+        most = float(LEAST_ROUNDS ** (self.num_plain + 1))  # one measurement may have been a hiccup
         return self.age >= max(float(LEAST_ROUNDS), min(ROUNDS_PER_GAIN * (times_faster - 1), most))
