@@ -8,7 +8,6 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from typing import Any, Self, Unpack
 
-import llmcad_actors.errors as errors
 from llmcad_actors.actors.calls import fetch
 from llmcad_actors.actors.coordinator import PASS_TIMEOUT_S
 from llmcad_actors.actors.guard import Guard
@@ -30,7 +29,7 @@ from llmcad_actors.errors import (
     StorageError,
 )
 from llmcad_actors.machine.memory import MemoryWatcher, process_pss
-from llmcad_actors.messages import Event, Failed, Finished, Progress, Provisional, Request, Tokens, pack, unpack
+from llmcad_actors.messages import Event, Failed, Finished, Provisional, ReadingProgress, Request, Tokens, pack, unpack
 from llmcad_actors.plan.admission import Admission, admit
 from llmcad_actors.plan.disk_settings import unmeasured
 from llmcad_actors.plan.footprint import target_dtype
@@ -340,7 +339,7 @@ class Engine:
         finally:
             self._finish(before, shed)
 
-    def _finish(self, before: Progress, shed: int) -> None:
+    def _finish(self, before: ReadingProgress, shed: int) -> None:
         """Whatever ended the request: nothing of it goes on, and its figures are as whole as they can be."""
         with suppress(LlmcadError):  # what broke the request is being raised; a closed engine has no figures
             with self._turn.call():
@@ -358,7 +357,7 @@ class Engine:
 
     def _failure(self, event: Failed) -> LlmcadError:
         """What broke the request; a model whose files changed under it explains whatever else went wrong."""
-        error: LlmcadError = getattr(errors, event.kind, RuntimeFailure)(event.message)
+        error = event.as_error()
         try:
             self.prepared.check_unchanged()
         except StorageError as change:
@@ -376,7 +375,7 @@ class Engine:
         elif isinstance(event, Finished):
             self._finish_reason, self._stats = event.reason, event.stats
 
-    def _completed(self, stats: Stats, before: Progress, shed: int) -> Stats:
+    def _completed(self, stats: Stats, before: ReadingProgress, shed: int) -> Stats:
         """Statistics with what only this process knows: disk, memory, the plan."""
         after, memory = self._progress(), self.prepared.memory
         self._watcher.sample()
@@ -407,8 +406,8 @@ class Engine:
         """New tokens that fit behind the prompt."""
         return min(max_new_tokens, room_behind(self.prepared, len(ids)))
 
-    def _progress(self) -> Progress:
-        progress: Progress = unpack(self._call("the loader", self._actors.loader.progress))
+    def _progress(self) -> ReadingProgress:
+        progress: ReadingProgress = unpack(self._call("the loader", self._actors.loader.progress))
         return progress
 
     def _call(self, what: str, method: Any, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:

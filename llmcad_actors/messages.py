@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, cast
 import msgpack
 import numpy as np
 
+import llmcad_actors.errors as errors
 from llmcad_actors.config import DraftSpec, LoaderSpec, VerifierSpec
 from llmcad_actors.core.calibration import Calibration
 from llmcad_actors.core.costs import CostModel, Costs
@@ -21,7 +22,7 @@ from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.trace import TraceBatch
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.core.worth import Worth
-from llmcad_actors.errors import LlmcadError
+from llmcad_actors.errors import LlmcadError, RuntimeFailure
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,41 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class AskShard:
+    """The verifier wants this shard from the loader."""
+
+    shard: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndLease:
+    """The verifier is done with a shard: the loader may write over it."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamShards:
+    """From now on the loader reads these, in the order of the pass."""
+
+    shards: tuple[str, ...]
+
+
+Place = tuple[str, int, int]
+"""A tensor of a leased shard: name, where it begins in the window, bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A shard for the verifier, which nobody writes over until the lease is ended."""
+
+    number: int
+    shard: str
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadingProgress:
     """Where a pass is, as the loader sees it."""
 
     shard: str
@@ -71,20 +106,31 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The request broke."""
+    """What was asked for broke: a request, or a shard."""
 
     kind: str  # the exception's class in errors.py
     message: str
+
+    @classmethod
+    def of(cls, error: LlmcadError) -> "Failed":
+        return cls(type(error).__name__, str(error))
+
+    def as_error(self) -> LlmcadError:
+        """The exception, to be raised; a `RuntimeFailure` where `kind` is none of ours."""
+        kind = getattr(errors, self.kind, None)
+        is_ours = isinstance(kind, type) and issubclass(kind, LlmcadError)
+        return kind(self.message) if is_ours else RuntimeFailure(self.message)
 
 
 Event = Tokens | Provisional | Finished | Failed
 
 _SPECS = (LoaderSpec, VerifierSpec, DraftSpec)
 _POLICIES = (AdaptiveConfidence, FixedDepth, FixedTree, MarginalThroughput, TokenConfidence)
-_MESSAGES = (Request, Submission, Grown, PassStats, Verdict, Progress, Tokens, Provisional, Finished, Failed)
+_ROUNDS = (Request, Submission, Grown, PassStats, Verdict, Tokens, Provisional, Finished, Failed)
+_LEASES = (AskShard, EndLease, StreamShards, Lease, ReadingProgress)
 _KINDS = {
     kind.__name__: kind
-    for kind in (*_MESSAGES, *_SPECS, *_POLICIES, Stats, Costs, CostModel, Calibration, Worth, TraceBatch)
+    for kind in (*_ROUNDS, *_LEASES, *_SPECS, *_POLICIES, Stats, Costs, CostModel, Calibration, Worth, TraceBatch)
 }
 """What crosses, by the name that stands in bytes and files: a class may move, its name stays."""
 

@@ -15,7 +15,7 @@ from llmcad_actors.actors.loader import LoaderActor
 from llmcad_actors.actors.verifier import VerifierActor
 from llmcad_actors.core.round import Verdict
 from llmcad_actors.core.tree import TokenTree
-from llmcad_actors.messages import Progress, pack, unpack
+from llmcad_actors.messages import ReadingProgress, pack, unpack
 from llmcad_actors.plan.job import Prepared
 from llmcad_actors.plan.specs import loader_spec, verifier_spec
 from tests.actors.engines import job
@@ -63,7 +63,7 @@ class Streaming:
 
     def bytes_read(self) -> int:
         """By the loader, for its present job."""
-        progress: Progress = unpack(fetch(self._loader.progress.remote(), TIMEOUT_S, "the loader's progress"))
+        progress: ReadingProgress = unpack(fetch(self._loader.progress.remote(), TIMEOUT_S, "the loader's progress"))
         return progress.bytes_read
 
     def close(self) -> None:

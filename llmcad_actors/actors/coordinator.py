@@ -123,10 +123,10 @@ class Coordinator:
         try:
             learnt = await decode(request, drafter, self._verifier, self._learnt, MonotonicClock(), emit)
         except LlmcadError as error:
-            emit(Failed(type(error).__name__, str(error)))
+            emit(Failed.of(error))
             return
         except Exception as error:  # a bug of ours: the caller must hear of it, or would wait for ever
-            emit(Failed("ActorFailure", str(failure(f"the coordinator broke: {error!r}", traceback.format_exc()))))
+            emit(Failed.of(failure(f"the coordinator broke: {error!r}", traceback.format_exc())))
             return
         if drafter is not None:
             self._learnt = learnt

@@ -43,7 +43,7 @@ class Guard:
         self.num_shed += max(0, before.kept - self._policy.kept)
         if self._policy.kept != before.kept or self._held < len(before.sizes):
             with suppress(LlmcadError):  # the engine is being closed
-                self._order = self._verifier.keep.remote(self._policy.kept)
+                self._order = self._verifier.hold.remote(self._policy.kept)
 
     def _is_carried_out(self) -> bool:
         if self._order is None:

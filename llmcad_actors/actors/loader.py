@@ -1,26 +1,27 @@
 """The loader: reads shards from disk ahead of the verifier, in a circle, within its byte budget.
 
 A shard is read in pieces (runs of tensors that lie together in the file), straight into the window: memory that the
-verifier shares. It lends shards in order and reads on as leases end, so it never holds more than the window. It
+verifier shares. It lends shards by name and reads on as leases end, so it never holds more than the window. It
 knows byte ranges only: no torch, no model.
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from llmcad_actors.actors.arena import Arena
-from llmcad_actors.actors.channel import LEND_TIMEOUT_S, Address, Lease, LeaseServer, Place
+from llmcad_actors.actors.channel import Address, LeaseServer
+from llmcad_actors.actors.schedule import Schedule
 from llmcad_actors.config import LoaderSpec
 from llmcad_actors.core.ring import Ring
 from llmcad_actors.core.trace import Recorder
-from llmcad_actors.errors import DeadlineError, LlmcadError, OverBudgetError, RuntimeFailure, StorageError
-from llmcad_actors.messages import Progress, pack, unpack
+from llmcad_actors.errors import ActorFailure, DeadlineError, LlmcadError, OverBudgetError, RuntimeFailure, StorageError
+from llmcad_actors.messages import Lease, Place, ReadingProgress, pack, unpack
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.direct import BLOCK
 from llmcad_actors.storage.layout import ShardSpec, layout_of
@@ -28,6 +29,7 @@ from llmcad_actors.storage.pieces import Piece, pieces_of, room_bytes
 from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader, PendingRead, TokenBucket, span_bytes
 
 READ_TIMEOUT_S = 120.0
+LEND_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +54,10 @@ class _Shard:
 
 
 class Loader:
-    """Reads a prelude of shards once, then a cycle of shards for ever; before it, when asked to, an opening.
+    """Reads a prelude of shards once, then a pass's streamed shards in a circle, and lends them by name.
 
-    The opening is what only a prompt's first pass needs: an encoder's shards.
+    What is asked for is the next that has been read, as a rule. If it is not, what has been read before it is dropped;
+    and where it is not on its way, reading begins anew with it.
     """
 
     def __init__(
@@ -68,88 +71,73 @@ class Loader:
     ) -> None:
         """`read_ahead`: False reads a shard only once it is asked for and no lease is out."""
         self._read_ahead = read_ahead
-        self._num_waiting = 0  # calls of `next`
-        self._num_given = 0
+        self._is_awaited = False  # a shard, by `lend`
         self._recorder = recorder or Recorder("loader", time.monotonic)
         self._window = window
         self._ring = Ring(window.size)
         self._piece_bytes = piece_bytes
         self._reader = reader
         self._state = threading.Condition()
+        self._coming: str | None = None  # its reads are being submitted
         self._submitted: deque[_Shard] = deque()
         self._leased: dict[int, _Shard] = {}
         self._closed = False
         self._error: LlmcadError | None = None
         self._thread: threading.Thread | None = None
-        self._cycle: tuple[ShardSpec, ...] = ()
-        self._opening: tuple[ShardSpec, ...] = ()
-        self._order: tuple[ShardSpec, ...] = ()
-        self._is_opening_due = False  # the schedule has yet to turn to it
-        self._is_opening_ahead = False  # due, or on its way: its first shard has not been lent
-        self._last: _Shard | None = None
+        self._specs: dict[str, ShardSpec] = {}
+        self._schedule = Schedule((), (), ())
+        self._last = ""  # the shard that was lent last
 
     def start(
         self,
         prelude: Sequence[ShardSpec],
-        cycle: Sequence[ShardSpec],
-        opening: Sequence[ShardSpec] = (),
-        order: Sequence[ShardSpec] = (),
+        circle: Sequence[ShardSpec],
+        *,
+        encoder: Sequence[ShardSpec] = (),
+        streamed: Sequence[str] | None = None,
     ) -> None:
-        """Begin to read: `prelude` once, `opening`, then `cycle` round and round (nothing while it is empty).
+        """Begin to read: `prelude` once, then what is streamed of `encoder`, then of `circle` round and round.
 
-        order: all shards of which `stream` may choose others for the cycle; default: those of the cycle.
+        The encoder comes again when it is asked for. streamed: default all of both.
         """
-        specs = (*prelude, *opening, *cycle)
-        alone = not self._read_ahead
-        needed = max((room_bytes(spec, self._piece_bytes, alone=alone) for spec in specs), default=0)
-        if needed > self._window.size:
-            raise OverBudgetError(f"a shard that takes {needed} bytes does not fit the window of {self._window.size}")
-        self._cycle, self._opening, self._order = tuple(cycle), tuple(opening), tuple(order or cycle)
-        self._is_opening_due = self._is_opening_ahead = bool(opening)
-        self._thread = threading.Thread(target=self._guarded, args=(self._schedule(tuple(prelude)),), daemon=True)
+        self._specs = {spec.name: spec for spec in (*prelude, *encoder, *circle)}
+        names = [[spec.name for spec in specs] for specs in (prelude, encoder, circle)]
+        chosen = (*names[1], *names[2]) if streamed is None else tuple(streamed)
+        self._check_room([self._specs[name] for name in {*names[0], *chosen}])
+        self._schedule = Schedule(*names)
+        self._schedule.stream(chosen)
+        self._thread = threading.Thread(target=self._guarded, daemon=True)
         self._thread.start()
 
-    def open(self) -> None:
-        """Turn to the opening, and then to the cycle's beginning. Shards that were read ahead are lent before it.
-
-        Nothing changes while the opening's first shard is still to be lent.
-        """
-        with self._state:
-            if not self._is_opening_ahead:
-                self._is_opening_due = self._is_opening_ahead = True
-                self._state.notify_all()
-
-    def stream(self, cycle: Sequence[ShardSpec], opening: Sequence[ShardSpec] = ()) -> None:
+    def stream(self, names: Sequence[str]) -> None:
         """From the next shard on read these, in the order of the pass. What has been read ahead stays as it is."""
         with self._state:
-            self._cycle, self._opening = tuple(cycle), tuple(opening)
+            self._schedule.stream(names)
             self._state.notify_all()
 
-    def next(self, timeout_s: float) -> Lease:
-        """Lease the next shard. One call at a time."""
-        with self._state:
-            self._num_waiting += 1
-            self._state.notify_all()
+    def lend(self, name: str, timeout_s: float = LEND_TIMEOUT_S) -> Lease:
+        """Lease a shard. One call at a time. Raises `ActorFailure` where it is not in the schedule."""
+        deadline = time.monotonic() + timeout_s
+        self._turn_to(name)
         try:
-            return self._take_shard(time.monotonic() + timeout_s, timeout_s)
+            while (shard := self._take_shard(deadline, f"shard {name}", timeout_s)).spec.name != name:
+                self.release(shard.lease)
         finally:
-            with self._state:
-                self._num_waiting -= 1
+            self._is_awaited = False
+        self._last = name
+        return Lease(shard.lease, name, tuple(place for read in shard.reads for place in read.places()))
 
-    def release(self, lease: int) -> None:
+    def release(self, number: int) -> None:
         """End a lease; its bytes will be written over."""
         with self._state:
-            for read in self._leased.pop(lease).reads:
+            for read in self._leased.pop(number).reads:
                 self._ring.give_back(read.position)
             self._state.notify_all()
 
-    def progress(self) -> Progress:
+    def progress(self) -> ReadingProgress:
         with self._state:
-            name = self._last.spec.name if self._last else ""
-        names = [[spec.name for spec in specs] for specs in (self._opening, self._cycle)]
-        around = names[0] if name in names[0] else names[1]
-        index = around.index(name) if name in around else 0
-        return Progress(name, index, len(around), self._reader.bytes_read, self._reader.busy_s)
+            index, count = self._schedule.place_of(self._last)
+        return ReadingProgress(self._last, index, count, self._reader.bytes_read, self._reader.busy_s)
 
     def close(self) -> None:
         """Stop reading, end all leases, join the threads."""
@@ -166,9 +154,27 @@ class Loader:
     def held_bytes(self) -> int:
         return self._ring.used
 
-    def _take_shard(self, deadline: float, timeout_s: float) -> Lease:
+    def _check_room(self, specs: Sequence[ShardSpec]) -> None:
+        rooms = (room_bytes(spec, self._piece_bytes, alone=not self._read_ahead) for spec in specs)
+        needed = max(rooms, default=0)
+        if needed > self._window.size:
+            raise OverBudgetError(f"a shard that takes {needed} bytes does not fit the window of {self._window.size}")
+
+    def _turn_to(self, name: str) -> None:
+        """See to it that the shard comes, if it is not on its way."""
         with self._state:
-            self._wait(lambda: bool(self._submitted), timeout_s, "the next shard")
+            on_its_way = [self._coming, *(shard.spec.name for shard in self._submitted)]
+            if name not in on_its_way and not self._schedule.turn_to(name):
+                raise ActorFailure(f"the loader has no shard {name} in its schedule")
+            self._is_awaited = True
+            self._state.notify_all()
+
+    def _take_shard(self, deadline: float, what: str, timeout_s: float) -> _Shard:
+        """The next that has been read, which counts as leased."""
+        with self._state:
+            left_s = max(0.0, deadline - time.monotonic())
+            if not self._wait(lambda: bool(self._submitted), left_s):
+                raise DeadlineError(f"{what} did not come within {timeout_s:.0f} s")
             shard = self._submitted[0]
         try:
             for read in shard.reads:
@@ -178,27 +184,23 @@ class Loader:
             raise
         with self._state:
             self._submitted.popleft()
-            self._num_given += 1
-            self._leased[shard.lease] = self._last = shard
-            if shard.spec in self._opening[:1]:
-                self._is_opening_ahead = False
+            self._leased[shard.lease] = shard
         for read in shard.reads:
             began, ended = read.pending.began, read.pending.ended
             self._recorder.add("read", began, ended, shard=shard.spec.name, bytes=read.piece.nbytes)
-        return shard.lease, shard.spec.name, tuple(place for read in shard.reads for place in read.places())
+        return shard
 
-    def _wait(self, ready: Callable[[], bool], timeout_s: float, what: str) -> None:
+    def _wait(self, ready: Callable[[], bool], timeout_s: float) -> bool:
         done = self._state.wait_for(lambda: ready() or self._error is not None or self._closed, timeout_s)
         if self._error is not None:
             raise self._error
         if self._closed:
             raise StorageError("the loader is closed")
-        if not done:
-            raise DeadlineError(f"{what} did not come within {timeout_s:.0f} s")
+        return done
 
-    def _guarded(self, schedule: Iterator[ShardSpec]) -> None:
+    def _guarded(self) -> None:
         try:
-            self._feed(schedule)
+            self._feed()
         except _ClosedError:
             pass
         except LlmcadError as error:
@@ -211,28 +213,31 @@ class Loader:
             self._error = error
             self._state.notify_all()
 
-    def _feed(self, schedule: Iterator[ShardSpec]) -> None:
+    def _feed(self) -> None:
         """Submit the reads of piece after piece, each when the window has room."""
-        for lease, spec in enumerate(schedule):
-            shard = _Shard(spec, lease)
-            self._await_demand(lease)
-            for piece in pieces_of(spec, self._piece_bytes):
+        for lease in count():
+            shard = _Shard(self._next_spec(), lease)
+            for piece in pieces_of(shard.spec, self._piece_bytes):
                 position = self._take_room(span_bytes(piece.offset, piece.nbytes))
                 pending = self._reader.submit(piece.file, piece.offset, piece.nbytes, self._window, position)
                 shard.reads.append(_Read(piece, position, pending))
             with self._state:
+                self._coming = None
                 self._submitted.append(shard)
                 self._state.notify_all()
 
-    def _await_demand(self, lease: int) -> None:
+    def _next_spec(self) -> ShardSpec:
+        """What is to be read now; waits until there is something."""
+        with self._state:
+            self._state.wait_for(lambda: self._closed or (self._schedule.has_next() and self._is_due()))
+            if self._closed:
+                raise _ClosedError
+            self._coming = self._schedule.take()
+            return self._specs[self._coming]
+
+    def _is_due(self) -> bool:
         """Without read-ahead, a shard's turn comes when it is waited for and the one before is done with."""
-
-        def is_due() -> bool:
-            return self._num_waiting > 0 and self._num_given == lease and not self._leased
-
-        if not self._read_ahead:
-            with self._state:
-                self._state.wait_for(lambda: self._closed or is_due())
+        return self._read_ahead or (self._is_awaited and not self._submitted and not self._leased)
 
     def _take_room(self, nbytes: int) -> int:
         with self._state:
@@ -242,27 +247,6 @@ class Loader:
                     return position
                 self._state.wait()
         raise _ClosedError
-
-    def _schedule(self, prelude: tuple[ShardSpec, ...]) -> Iterator[ShardSpec]:
-        yield from prelude
-        while True:
-            yield from self._until_opening(self._due_opening())
-            yield from self._until_opening(spec for spec in self._order if spec in self._cycle)
-
-    def _until_opening(self, specs: Iterable[ShardSpec]) -> Iterator[ShardSpec]:
-        for spec in specs:
-            if self._is_opening_due:
-                return
-            yield spec
-
-    def _due_opening(self) -> tuple[ShardSpec, ...]:
-        """The opening if it is due; without a cycle, waits until it is."""
-        with self._state:
-            self._state.wait_for(lambda: self._closed or self._is_opening_due or bool(self._cycle))
-            if self._closed:
-                raise _ClosedError
-            is_due, self._is_opening_due = self._is_opening_due, False
-        return self._opening if is_due else ()
 
 
 class _ClosedError(Exception):
@@ -278,10 +262,9 @@ class LoaderActor:
         limit = TokenBucket(setup.rate_limit) if setup.rate_limit else None
         reader = ParallelReader(setup.threads, setup.chunk_bytes, limit)
         pinned = set(setup.pinned)
-        self._encoder, self._order = layout.encoder, (*layout.layers, *layout.head)
+        self._encoder, self._circle = layout.encoder, (*layout.layers, *layout.head)
         self._prelude = [spec for spec in layout.shards if spec.name in pinned]
-        self._opening = [spec for spec in layout.encoder if spec.name not in pinned]
-        self._cycle = [spec for spec in (*layout.layers, *layout.head) if spec.name not in pinned]
+        self._streamed = [spec.name for spec in layout.shards if spec.name not in pinned]
         self._recorder = Recorder("loader", time.monotonic)
         self._arena = Arena(setup.window_bytes)
         self._loader = Loader(
@@ -291,7 +274,7 @@ class LoaderActor:
             read_ahead=setup.read_ahead,
             recorder=self._recorder,
         )
-        self._leases = LeaseServer(partial(self._loader.next, LEND_TIMEOUT_S), self._loader.release)
+        self._leases = LeaseServer(self._loader)
 
     def arena(self) -> tuple[list[Any], int]:
         """The window, to be `mapped`."""
@@ -302,18 +285,7 @@ class LoaderActor:
         return self._leases.address
 
     def start(self) -> None:
-        self._loader.start(self._prelude, self._cycle, self._opening, self._order)
-
-    def open(self) -> None:
-        self._loader.open()
-
-    def stream(self, names: Sequence[str]) -> None:
-        """From now on read the shards of these names."""
-        chosen = set(names)
-        self._loader.stream(
-            [spec for spec in self._order if spec.name in chosen],
-            [spec for spec in self._encoder if spec.name in chosen],
-        )
+        self._loader.start(self._prelude, self._circle, encoder=self._encoder, streamed=self._streamed)
 
     def progress(self) -> bytes:
         return pack(self._loader.progress())

@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from llmcad_actors.actors.arena import mapped
 from llmcad_actors.actors.calls import fetch
-from llmcad_actors.actors.channel import LEND_TIMEOUT_S, LeaseClient, Place
-from llmcad_actors.errors import ActorFailure
-from llmcad_actors.storage.direct import BLOCK
+from llmcad_actors.actors.channel import Address, LeaseClient
+from llmcad_actors.actors.loader import LEND_TIMEOUT_S
 from llmcad_actors.storage.layout import ShardSpec
 from llmcad_actors.storage.reader import AlignedBuffer
 
 LOADER_TIMEOUT_S = 120.0  # of its own calls
+ANSWER_TIMEOUT_S = LEND_TIMEOUT_S + 10  # of a shard that was asked for: the loader's own deadline says more
 ALIGNMENT = 64
 
 
@@ -35,41 +35,46 @@ class PinnedShard:
 
 
 class LeasedShards:
-    """A `ShardSource` over the loader actor. One lease is asked for ahead of the one in use."""
+    """A `ShardSource` over the loader's window. One lease is asked for ahead of the one in use."""
 
-    def __init__(self, loader: Any, names: Sequence[str], encoder: Sequence[str] = ()) -> None:
-        """`names`: all shards of a pass. encoder: those of them that only a prompt's first pass asks for."""
-        self._loader = loader
+    @classmethod
+    def of(cls, loader: Any, names: Sequence[str], encoder: Sequence[str] = ()) -> Self:
+        """Over a loader actor."""
+        window = mapped(fetch(loader.arena.remote(), LOADER_TIMEOUT_S, "the window"))
+        return cls(window, fetch(loader.leases.remote(), LOADER_TIMEOUT_S, "the loader's address"), names, encoder)
+
+    def __init__(self, window: np.ndarray, address: Address, names: Sequence[str], encoder: Sequence[str] = ()) -> None:
+        """`names`: all shards of a pass, in its order. encoder: those that only a prompt's first pass asks for."""
         self._names = tuple(names)
         self._encoder = tuple(encoder)
-        self._window = mapped(fetch(loader.arena.remote(), LOADER_TIMEOUT_S, "the window"))
-        self._leases = LeaseClient(fetch(loader.leases.remote(), LOADER_TIMEOUT_S, "the loader's address"))
-        self._has_asked = False  # for the next shard
+        self._window = window
+        self._leases = LeaseClient(address)
         self._pinned: dict[str, PinnedShard] = {}
-        self._keepable: tuple[str, ...] = ()  # what was pinned at first; the large ones are kept longest
-        self._wanted: frozenset[str] = frozenset()  # to be pinned again when they come by
+        self._pinnable: tuple[str, ...] = ()  # what was pinned at first; the large ones are held longest
+        self._wanted: frozenset[str] = frozenset()  # to be pinned again when they are next leased
 
     def pin(self, specs: Sequence[ShardSpec]) -> int:
         """Take the loader's prelude into private memory; returns the bytes pinned."""
-        for spec in specs:
-            with self._next(spec.name, ask_ahead=spec is not specs[-1]) as arrays:
-                self._pinned[spec.name] = PinnedShard(arrays)
-        self._keepable = tuple(spec.name for spec in sorted(specs, key=lambda spec: -spec.nbytes))
+        names = [spec.name for spec in specs]
+        for name, behind in zip(names, (*names[1:], None), strict=True):
+            with self._lent(name, behind) as arrays:
+                self._pinned[name] = PinnedShard(arrays)
+        self._pinnable = tuple(spec.name for spec in sorted(specs, key=lambda spec: -spec.nbytes))
         return sum(spec.nbytes for spec in specs)
 
-    def keep(self, count: int) -> int:
-        """Keep `count` of the shards that were pinned at first; returns how many are held now. Between passes only.
+    def hold(self, count: int) -> int:
+        """Hold `count` of the shards that were pinned at first; returns how many are held now. Between passes only.
 
         Those too many are given back to the system at once, the last of the pass first: the loader, which has read
-        ahead, has not come to them. Those missing are pinned when they next come by.
+        ahead, has not come to them. Those missing are pinned when they are next leased.
         """
-        kept = self._keepable[:count]
-        self._wanted = frozenset(kept) - self._pinned.keys()
-        dropped = [name for name in self._pinned if name not in kept]
+        held = self._pinnable[:count]
+        self._wanted = frozenset(held) - self._pinned.keys()
+        dropped = [name for name in self._pinned if name not in held]
         for name in dropped:
             self._pinned.pop(name).close()
         if dropped:
-            self._stream()
+            self._leases.stream(self._streamed())
         return len(self._pinned)
 
     @contextmanager
@@ -78,57 +83,36 @@ class LeasedShards:
         if name in self._pinned:
             yield self._pinned[name].arrays
             return
-        if name == self._opening():
-            fetch(self._loader.open.remote(), LOADER_TIMEOUT_S, "the loader")
-        with self._next(name, ask_ahead=self._has_more_behind(name)) as arrays:
+        with self._lent(name, self._behind(name)) as arrays:
             if name in self._wanted:
                 self._pin_again(name, arrays)
             yield arrays
 
-    def _streamed(self) -> list[str]:
-        return [name for name in self._names if name not in self._pinned]
+    def _streamed(self) -> tuple[str, ...]:
+        return tuple(name for name in self._names if name not in self._pinned)
 
-    def _opening(self) -> str | None:
-        """The first shard of the encoder that is streamed."""
-        return next((name for name in self._encoder if name not in self._pinned), None)
+    def _behind(self, name: str) -> str | None:
+        """What is most likely leased after `name`: the next streamed shard of the pass, or the next pass's first.
 
-    def _has_more_behind(self, name: str) -> bool:
-        """Whether the loader will bring another shard by itself: round the circle, or further on in the encoder."""
-        streamed = [n for n in self._streamed() if n not in self._wanted or n != name]
-        circle = [n for n in streamed if n not in self._encoder]
-        return bool(circle) or (name in streamed and name != streamed[-1])
+        A new prompt's first pass begins with the encoder instead. None: `name` is the last that is streamed at all.
+        """
+        position = self._names.index(name)
+        around = (*self._names[position + 1 :], *(n for n in self._names[: position + 1] if n not in self._encoder))
+        stays = self._pinned.keys() | ({name} & self._wanted)
+        return next((other for other in around if other not in stays), None)
 
     def _pin_again(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         self._pinned[name] = PinnedShard(arrays)
         self._wanted -= {name}
-        self._stream()
-
-    def _stream(self) -> None:
-        """Tell the loader which shards are not pinned."""
-        fetch(self._loader.stream.remote(self._streamed()), LOADER_TIMEOUT_S, "the loader's new order")
+        self._leases.stream(self._streamed())
 
     @contextmanager
-    def _next(self, name: str, *, ask_ahead: bool) -> Iterator[dict[str, np.ndarray]]:
-        lease, places = self._take(name)
+    def _lent(self, name: str, behind: str | None) -> Iterator[dict[str, np.ndarray]]:
+        """behind: the shard to ask for meanwhile."""
+        lease = self._leases.take(name, ANSWER_TIMEOUT_S)
         try:
-            if ask_ahead:
-                self._ask()
-            yield {tensor: self._window[start : start + nbytes] for tensor, start, nbytes in places}
+            if behind is not None:
+                self._leases.ask(behind)
+            yield {tensor: self._window[start : start + nbytes] for tensor, start, nbytes in lease.places}
         finally:  # from now on the loader writes over it
-            self._leases.release(lease)
-
-    def _take(self, name: str) -> tuple[int, tuple[Place, ...]]:
-        """The lease of shard `name`: the loader's next, or one soon after, when a pass broke off or pins changed."""
-        for _ in range(len(self._names) + len(self._window) // BLOCK):  # at most a circle, behind a full window
-            if not self._has_asked:
-                self._ask()
-            self._has_asked = False
-            lease, found, places = self._leases.take(LEND_TIMEOUT_S + 10, f"shard {name}")
-            if found == name:
-                return lease, places
-            self._leases.release(lease)
-        raise ActorFailure(f"the loader does not read shard {name}")
-
-    def _ask(self) -> None:
-        self._leases.ask()
-        self._has_asked = True
+            self._leases.release(lease.number)

@@ -33,7 +33,7 @@ class VerifierActor:
         checkpoint = Checkpoint.open(Path(setup.path))
         layout = layout_of(checkpoint)
         names, encoder = ([spec.name for spec in specs] for specs in (layout.shards, layout.encoder))
-        self._source = LeasedShards(loader, names, encoder)
+        self._source = LeasedShards.of(loader, names, encoder)
         self._pinned = [spec for spec in layout.shards if spec.name in setup.pinned]
         self._num_passes = 0
         self._recorder = Recorder("verifier", time.monotonic)
@@ -55,12 +55,12 @@ class VerifierActor:
         """Take the pinned shards from the loader; returns their bytes."""
         return self._source.pin(self._pinned)
 
-    def keep(self, count: int) -> tuple[int, int]:
-        """Keep so many of the pinned shards; returns how many are held now, and the passes so far.
+    def hold(self, count: int) -> tuple[int, int]:
+        """Hold so many of the pinned shards; returns how many are held now, and the passes so far.
 
         An actor does one thing at a time: this comes between passes.
         """
-        return self._source.keep(count), self._num_passes
+        return self._source.hold(count), self._num_passes
 
     def begin(self, prompt: bytes, stop_tokens: bytes, max_new_tokens: int) -> int:
         return self._target.begin(unpack(prompt), unpack(stop_tokens), max_new_tokens)

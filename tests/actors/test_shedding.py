@@ -70,8 +70,8 @@ def engine(target: Path, expected: tuple[int, ...], request: pytest.FixtureReque
         yield engine
 
 
-def keep(engine: Engine, count: int) -> int:
-    held: int = fetch(engine._actors.verifier.keep.remote(count), WAIT_S, "keeping")[0]
+def hold(engine: Engine, count: int) -> int:
+    held: int = fetch(engine._actors.verifier.hold.remote(count), WAIT_S, "holding")[0]
     return held
 
 
@@ -86,23 +86,23 @@ def test_shards_given_up_and_taken_back_in_the_middle_change_nothing(engine: Eng
     for piece in engine.stream(PROMPT, max_new_tokens=COUNT):
         ids += piece.token_ids
         if len(ids) in orders:
-            order = engine._actors.verifier.keep.remote(orders[len(ids)])
-            passes.append(fetch(order, WAIT_S, "keeping")[1])
+            order = engine._actors.verifier.hold.remote(orders[len(ids)])
+            passes.append(fetch(order, WAIT_S, "holding")[1])
     assert tuple(ids) == expected
     assert passes[-1] - passes[0] > 4  # in the middle indeed
     assert engine.generate(PROMPT, max_new_tokens=COUNT).token_ids == expected
-    assert keep(engine, pinned(engine)) == pinned(engine)  # all have come back
+    assert hold(engine, pinned(engine)) == pinned(engine)  # all have come back
 
 
 def test_what_is_given_up_goes_back_to_the_system(engine: Engine) -> None:
     (verifier,) = processes_of("VerifierActor")
     before = process_pss(verifier.pid)[0]
-    assert keep(engine, 0) == 0
+    assert hold(engine, 0) == 0
     freed = before - process_pss(verifier.pid)[0]
     assert freed > 0.9 * engine.prepared.memory.pinned_bytes
-    keep(engine, pinned(engine))
+    hold(engine, pinned(engine))
     engine.generate(PROMPT, max_new_tokens=2)
-    assert keep(engine, pinned(engine)) == pinned(engine)
+    assert hold(engine, pinned(engine)) == pinned(engine)
     assert before - process_pss(verifier.pid)[0] < 0.1 * engine.prepared.memory.pinned_bytes
 
 
@@ -143,9 +143,9 @@ def test_the_guard_says_whether_it_can_still_help(engine: Engine) -> None:
         ray.wait([guard._order._reference], timeout=WAIT_S)
         helps = guard.look(1 << 31)
     assert not helps
-    keep(engine, pinned(engine))
+    hold(engine, pinned(engine))
     engine.generate(PROMPT, max_new_tokens=2)
-    assert keep(engine, pinned(engine)) == pinned(engine)
+    assert hold(engine, pinned(engine)) == pinned(engine)
 
 
 def test_memory_above_the_cap_is_said_at_once_and_counted_in_that_request(
