@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, Self
 
 import numpy as np
@@ -56,7 +57,7 @@ class LeasedShards:
     def pin(self, specs: Sequence[ShardSpec]) -> int:
         """Take the loader's prelude into private memory; returns the bytes pinned."""
         names = [spec.name for spec in specs]
-        for name, behind in zip(names, (*names[1:], None), strict=True):
+        for name, behind in zip_longest(names, names[1:]):
             with self._lent(name, behind) as arrays:
                 self._pinned[name] = PinnedShard(arrays)
         self._pinnable = tuple(spec.name for spec in sorted(specs, key=lambda spec: -spec.nbytes))

@@ -1,5 +1,6 @@
 """The loader as a plain class: what is read comes whole and in order, and never more of it than the window holds."""
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -11,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcad_actors.actors.channel import Place
 from llmcad_actors.actors.loader import Loader
-from llmcad_actors.errors import DeadlineError, OverBudgetError, StorageError
+from llmcad_actors.errors import ActorFailure, DeadlineError, OverBudgetError, StorageError
+from llmcad_actors.messages import Lease
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import Layout, ShardSpec, layout_of
 from llmcad_actors.storage.pieces import pieces_of
@@ -40,14 +41,14 @@ def room_of(spec: ShardSpec) -> int:
 
 @contextmanager
 def loading(
-    prelude: tuple[ShardSpec, ...], cycle: tuple[ShardSpec, ...], *, shards: float, opening: tuple[ShardSpec, ...] = ()
+    prelude: tuple[ShardSpec, ...], circle: tuple[ShardSpec, ...], *, shards: float, encoder: tuple[ShardSpec, ...] = ()
 ) -> Iterator[tuple[Loader, AlignedBuffer]]:
     """A loader whose window has room for so many of the largest shards, wherever their pieces begin."""
-    specs = (*prelude, *opening, *cycle)
+    specs = (*prelude, *encoder, *circle)
     window = AlignedBuffer(int(shards * max(room_of(spec) for spec in specs)) + largest_piece(*specs))
     loader = Loader(window=window, piece_bytes=PIECE_BYTES, reader=ParallelReader(threads=2, chunk_bytes=4096))
     try:
-        loader.start(prelude, cycle, opening)
+        loader.start(prelude, circle, encoder=encoder)
         yield loader, window
     finally:
         loader.close()
@@ -57,60 +58,80 @@ def largest_piece(*specs: ShardSpec) -> int:
     return max(span_bytes(p.offset, p.nbytes) for spec in specs for p in pieces_of(spec, PIECE_BYTES))
 
 
-def is_whole(spec: ShardSpec, places: tuple[Place, ...], window: AlignedBuffer) -> bool:
+def is_whole(spec: ShardSpec, lease: Lease, window: AlignedBuffer) -> bool:
     """All the shard's tensors, and nothing else, lie where the lease says."""
-    found = {name: window.view(start, nbytes) for name, start, nbytes in places}
+    found = {name: window.view(start, nbytes) for name, start, nbytes in lease.places}
     expected = {info.name: read_bytes(info) for info in spec.tensors}
     return found.keys() == expected.keys() and all(np.array_equal(found[n], expected[n]) for n in expected)
 
 
-def test_the_prelude_comes_first_and_then_the_cycle_round_and_round(layout: Layout) -> None:
-    prelude, cycle = layout.layers[1:3], layout.layers[:1] + layout.layers[3:]
-    with loading(prelude, cycle, shards=2) as (loader, window):
-        found = []
-        for spec in (*prelude, *cycle, *cycle, *cycle):
-            lease, name, places = loader.next(SOON_S)
-            found.append(name)
-            assert is_whole(spec, places, window)
-            loader.release(lease)
-    assert found == [spec.name for spec in (*prelude, *cycle, *cycle, *cycle)]
+def use(loader: Loader, *specs: ShardSpec) -> None:
+    """Lease one after the other."""
+    for spec in specs:
+        loader.release(loader.lend(spec.name, SOON_S).number)
 
 
-def test_an_opening_comes_first_and_again_only_when_it_is_asked_for(layout: Layout) -> None:
-    """What was read ahead is lent before it, and the cycle begins anew after it."""
-    opening, cycle = layout.layers[:2], layout.layers[2:]
-    with loading((), cycle, shards=1, opening=opening) as (loader, _):
+def pieces_read(loader: Loader, *specs: ShardSpec) -> list[str]:
+    """The shards whose pieces are read while these are leased one after the other, and what is read ahead."""
+    loader._recorder.drain(keep_on=True)
+    use(loader, *specs)
+    found = [data["shard"] for event, _, _, data in loader._recorder.drain(keep_on=True).spans if event == "read"]
+    return [name for name, _ in itertools.groupby(found)]
 
-        def take(count: int) -> list[str]:
-            found = []
-            for _ in range(count):
-                lease, name, _ = loader.next(SOON_S)
-                found.append(name)
-                loader.release(lease)
-            return found
 
-        loader.open()  # it is coming anyway
-        first, names = [spec.name for spec in (*opening, *cycle)], [spec.name for spec in cycle]
-        assert take(5 + 3 + 1) == [*first, *names, names[0]]
-        loader.open()
-        found = take(7)
-        stale = found.index("layer.0")
+def names_of(*specs: ShardSpec) -> list[str]:
+    return [spec.name for spec in specs]
+
+
+def test_the_prelude_comes_first_and_then_the_circle_round_and_round(layout: Layout) -> None:
+    prelude, circle = layout.layers[1:3], layout.layers[:1] + layout.layers[3:]
+    with loading(prelude, circle, shards=2) as (loader, window):
+        for spec in (*prelude, *circle, *circle, *circle):
+            lease = loader.lend(spec.name, SOON_S)
+            assert lease.shard == spec.name
+            assert is_whole(spec, lease, window)
+            loader.release(lease.number)
+
+
+def test_what_is_asked_for_in_order_is_read_once(layout: Layout) -> None:
+    encoder, circle = layout.layers[:2], layout.layers[2:]
+    with loading((), circle, shards=2, encoder=encoder) as (loader, _):
+        order = (*encoder, *circle, *circle, *circle)
+        assert pieces_read(loader, *order) == names_of(*order)
+
+
+def test_it_turns_to_whatever_is_asked_for_and_reads_on_from_there(layout: Layout) -> None:
+    """To an encoder for a new prompt, to the first layer after a pass that broke off. Few shards are read in vain."""
+    encoder, circle = layout.layers[:2], layout.layers[2:]
+    with loading((), circle, shards=1, encoder=encoder) as (loader, _):
+        use(loader, *encoder, *circle, circle[0])
+        again = (*encoder, *circle)
+        read = pieces_read(loader, *again)
+        stale = read.index("layer.0")
         assert stale <= 2  # the one that the window held, and the one being put into it
-        assert found[stale:] == (first + names)[: 7 - stale]
+        assert read[stale:] == names_of(*again)
+        use(loader, circle[0])
+        again = (circle[0], circle[1])
+        read = pieces_read(loader, *again)
+        assert read[-2:] == names_of(*again)
+        assert len(read) <= 4
 
 
-def test_a_loader_of_an_opening_alone_waits_until_it_is_asked_for(layout: Layout) -> None:
-    with loading((), (), shards=2, opening=layout.layers[:2]) as (loader, _):
+@pytest.mark.parametrize("name", ["layer.1", "layer.9"], ids=["pinned", "unknown"])
+def test_a_shard_that_is_not_in_the_schedule_is_refused_at_once_and_the_others_come(layout: Layout, name: str) -> None:
+    with loading(layout.layers[1:2], layout.layers[2:], shards=2) as (loader, _):
+        use(loader, layout.layers[1])
+        with pytest.raises(ActorFailure, match=f"the loader has no shard {name} in its schedule"):
+            loader.lend(name, SOON_S)
+        use(loader, *layout.layers[2:])
+
+
+def test_a_loader_of_an_encoder_alone_waits_until_it_is_asked_for(layout: Layout) -> None:
+    with loading((), (), shards=3, encoder=layout.layers[:2]) as (loader, _):
         for _ in range(3):
-            found = []
-            for _ in range(2):
-                lease, name, _ = loader.next(SOON_S)
-                found.append(name)
-                loader.release(lease)
-            assert found == ["layer.0", "layer.1"]
-            with pytest.raises(DeadlineError):
-                loader.next(NEVER_S)
-            loader.open()
+            use(loader, *layout.layers[:2])
+            time.sleep(NEVER_S)
+            assert loader.held_bytes == 0
 
 
 @settings(max_examples=12)
@@ -118,9 +139,9 @@ def test_a_loader_of_an_opening_alone_waits_until_it_is_asked_for(layout: Layout
 def test_what_is_leased_stays_whole_until_it_is_released(layout: Layout, data: st.DataObject) -> None:
     """Whatever is read meanwhile, and in whatever order leases end."""
     shards = data.draw(st.floats(1, 4), "window, in shards")
-    leases: dict[int, tuple[ShardSpec, tuple[Place, ...]]] = {}
+    leases: dict[int, tuple[ShardSpec, Lease]] = {}
+    coming = itertools.cycle(layout.layers)
     given = 0
-    specs = {spec.name: spec for spec in layout.layers}
     with loading((), layout.layers, shards=shards) as (loader, window):
         for _ in range(12):
             is_full = bool(leases) and given + 1 - min(leases) > shards  # room comes back in order
@@ -129,66 +150,56 @@ def test_what_is_leased_stays_whole_until_it_is_released(layout: Layout, data: s
                 loader.release(ended)
                 del leases[ended]
             else:
-                lease, name, places = loader.next(SOON_S)
-                leases[lease], given = (specs[name], places), lease + 1
-            assert all(is_whole(spec, places, window) for spec, places in leases.values())
+                spec = next(coming)
+                lease = loader.lend(spec.name, SOON_S)
+                leases[lease.number], given = (spec, lease), lease.number + 1
+            assert all(is_whole(spec, lease, window) for spec, lease in leases.values())
             assert loader.held_bytes <= window.size
 
 
-@settings(max_examples=12)
+@settings(max_examples=25)
 @given(data=st.data())
-def test_the_cycle_may_change_at_any_time_and_every_shard_of_the_new_one_comes(
+def test_what_is_streamed_may_change_at_any_time_and_any_of_it_may_be_asked_for(
     layout: Layout, data: st.DataObject
 ) -> None:
-    """Shards that were read ahead and are not wanted are given back, as the verifier does."""
     streamed = [0, 1, 2, 3, 4]
     with loading((), layout.layers, shards=data.draw(st.floats(1, 4), "window")) as (loader, window):
         for _ in range(6):
-            for index in streamed:
-                for _ in range(20):
-                    lease, name, places = loader.next(SOON_S)
-                    if name == layout.layers[index].name:
-                        break
-                    loader.release(lease)
-                else:
-                    pytest.fail(f"{layout.layers[index].name} does not come")
-                assert is_whole(layout.layers[index], places, window)
-                loader.release(lease)
-            streamed = sorted(data.draw(st.sets(st.integers(0, 4), min_size=1), "cycle"))
-            loader.stream([layout.layers[index] for index in streamed])
+            for index in data.draw(st.lists(st.sampled_from(streamed), max_size=6), "asked for"):
+                lease = loader.lend(layout.layers[index].name, SOON_S)
+                assert lease.shard == layout.layers[index].name
+                assert is_whole(layout.layers[index], lease, window)
+                loader.release(lease.number)
+            streamed = sorted(data.draw(st.sets(st.integers(0, 4), min_size=1), "streamed"))
+            loader.stream([layout.layers[index].name for index in streamed])
 
 
-def test_shards_of_the_prelude_are_streamed_when_the_cycle_asks_for_them(layout: Layout) -> None:
+def test_shards_of_the_prelude_are_streamed_when_that_is_wanted(layout: Layout) -> None:
     loader = Loader(window=AlignedBuffer(1 << 20), piece_bytes=PIECE_BYTES, reader=ParallelReader())
-    loader.start(layout.layers, (), order=layout.layers)
-    for _ in layout.layers:
-        loader.release(loader.next(SOON_S)[0])
-    loader.stream(layout.layers[3:])
-    names = []
-    for _ in range(4):
-        lease, name, _ = loader.next(SOON_S)
-        names.append(name)
-        loader.release(lease)
+    loader.start(layout.layers, layout.layers, streamed=())
+    use(loader, *layout.layers)
+    loader.stream(names_of(*layout.layers[3:]))
+    use(loader, *layout.layers[3:], *layout.layers[3:])
+    with pytest.raises(ActorFailure, match="in its schedule"):
+        loader.lend("layer.2", SOON_S)
     loader.close()
-    assert names == ["layer.3", "layer.4"] * 2
 
 
 def test_a_released_shard_makes_room_for_the_next(layout: Layout) -> None:
     with loading((), layout.layers, shards=1) as (loader, _):
-        lease, _, _ = loader.next(SOON_S)
-        with pytest.raises(DeadlineError, match="the next shard did not come within"):
-            loader.next(NEVER_S)
-        loader.release(lease)
-        assert loader.next(SOON_S)[1] == "layer.1"
+        lease = loader.lend("layer.0", SOON_S)
+        with pytest.raises(DeadlineError, match=r"shard layer\.1 did not come within"):
+            loader.lend("layer.1", NEVER_S)
+        loader.release(lease.number)
+        assert loader.lend("layer.1", SOON_S).shard == "layer.1"
 
 
 def test_released_bytes_are_freed(layout: Layout) -> None:
     with loading(layout.layers[:2], (), shards=2) as (loader, _):
-        for _ in range(2):
-            loader.release(loader.next(SOON_S)[0])
+        use(loader, *layout.layers[:2])
         assert loader.held_bytes == 0
-        with pytest.raises(DeadlineError):
-            loader.next(NEVER_S)  # an empty cycle ends the reading
+        time.sleep(NEVER_S)
+        assert loader.held_bytes == 0  # an empty circle ends the reading
 
 
 def test_it_reads_ahead_until_the_window_is_full(layout: Layout) -> None:
@@ -211,8 +222,7 @@ def test_a_shard_larger_than_the_window_is_refused(layout: Layout) -> None:
 def test_progress_names_the_shard_and_counts_the_bytes(layout: Layout) -> None:
     with loading((), layout.layers, shards=2) as (loader, _):
         assert loader.progress().shard == ""
-        for _ in range(3):
-            loader.release(loader.next(SOON_S)[0])
+        use(loader, *layout.layers[:3])
         progress = loader.progress()
         assert (progress.shard, progress.index, progress.num_shards) == ("layer.2", 2, 5)
         assert progress.bytes_read >= 3 * layout.layers[0].nbytes
@@ -225,18 +235,18 @@ def test_a_file_that_vanishes_is_reported_and_not_waited_for(tmp_path: Path) -> 
         loading((), layout.layers, shards=2) as (loader, _),
         pytest.raises(StorageError, match=r"model\.safetensors"),
     ):
-        loader.next(SOON_S)
+        loader.lend("layer.0", SOON_S)
 
 
 def test_a_file_that_shrinks_is_reported_and_not_waited_for(tmp_path: Path) -> None:
     layout = layout_of(Checkpoint.open(write_checkpoint(tmp_path, CONFIG, llama_shapes(CONFIG))))
     file = tmp_path / "model.safetensors"
     with loading((), layout.layers, shards=1) as (loader, _):
-        lease, _, _ = loader.next(SOON_S)
+        lease = loader.lend("layer.0", SOON_S)
         file.write_bytes(file.read_bytes()[:100])
-        loader.release(lease)
+        loader.release(lease.number)
         with pytest.raises(StorageError, match=r"model\.safetensors"):
-            loader.next(SOON_S)
+            use(loader, *layout.layers[1:])
 
 
 def test_closing_ends_threads_and_waits(layout: Layout) -> None:
@@ -244,12 +254,12 @@ def test_closing_ends_threads_and_waits(layout: Layout) -> None:
 
     def wait(loader: Loader) -> None:
         try:
-            loader.next(SOON_S)
+            loader.lend("layer.1", SOON_S)
         except StorageError as error:
             found.append(error)
 
     with loading((), layout.layers, shards=1) as (loader, _):
-        loader.next(SOON_S)  # and never released
+        loader.lend("layer.0", SOON_S)  # and never released
         waiter = threading.Thread(target=wait, args=(loader,))
         waiter.start()
     waiter.join(SOON_S)

@@ -1,5 +1,6 @@
 """The loader without read-ahead, for comparison: a shard is read when it is waited for, and not before."""
 
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,37 +45,39 @@ def loader(layout: Layout) -> Iterator[Loader]:
     loader.close()
 
 
-def test_nothing_is_read_before_it_is_waited_for(loader: Loader) -> None:
+def test_nothing_is_read_before_it_is_waited_for(loader: Loader, layout: Layout) -> None:
     time.sleep(0.2)
     assert loader.progress().bytes_read == 0
-    lease, *_ = loader.next(TIMEOUT_S)
+    lease = loader.lend(layout.shards[0].name, TIMEOUT_S)
     read = loader.progress().bytes_read
     assert read > 0
-    loader.release(lease)
+    loader.release(lease.number)
     time.sleep(0.2)
     assert loader.progress().bytes_read == read
 
 
 def test_nothing_is_read_while_a_shard_is_in_use(loader: Loader, layout: Layout) -> None:
-    lease, *_ = loader.next(TIMEOUT_S)
+    lease = loader.lend(layout.shards[0].name, TIMEOUT_S)
     read = loader.progress().bytes_read
     with pytest.raises(DeadlineError):  # asked for ahead, as the verifier does
-        loader.next(0.2)
+        loader.lend(layout.shards[1].name, 0.2)
     assert loader.progress().bytes_read == read
-    loader.release(lease)
-    _, name, _ = loader.next(TIMEOUT_S)
-    assert name == layout.shards[1].name
+    loader.release(lease.number)
+    assert loader.lend(layout.shards[1].name, TIMEOUT_S).shard == layout.shards[1].name
 
 
-def test_shards_come_in_the_same_order_as_ever(loader: Loader, layout: Layout) -> None:
-    names = []
-    for _ in range(2 * len(layout.shards)):
-        lease, name, places = loader.next(TIMEOUT_S)
-        assert places
-        names.append(name)
-        loader.release(lease)
-    assert names == 2 * [spec.name for spec in layout.shards]
+def test_shards_are_read_in_whatever_order_they_are_asked_for(loader: Loader, layout: Layout) -> None:
+    loader._recorder.drain(keep_on=True)
+    order = [spec.name for spec in (*layout.shards, *layout.shards[::-1], layout.shards[0])]
+    for name in order:
+        lease = loader.lend(name, TIMEOUT_S)
+        assert lease.places
+        loader.release(lease.number)
     assert loader.held_bytes == 0
+    read = [data["shard"] for event, _, _, data in loader._recorder.drain(keep_on=False).spans if event == "read"]
+    twice = layout.shards[-1].name  # the last of the first round begins the second
+    assert [name for name, _ in itertools.groupby(read)] == [n for n, _ in itertools.groupby(order)]
+    assert read.count(twice) == 2 * len(pieces_of(layout.shards[-1], PIECE_BYTES))
 
 
 def test_every_read_is_recorded(layout: Layout) -> None:
@@ -82,8 +85,8 @@ def test_every_read_is_recorded(layout: Layout) -> None:
     recorder = Recorder("loader", lambda: float(next(ticks)))
     recorder.drain(keep_on=True)
     loader = loader_for(layout, recorder, read_ahead=False)
-    lease, name, _ = loader.next(TIMEOUT_S)
-    loader.release(lease)
+    name = layout.shards[0].name
+    loader.release(loader.lend(name, TIMEOUT_S).number)
     loader.close()
     spans = recorder.drain(keep_on=False).spans
     found = [data for event, _, _, data in spans if event == "read"]
@@ -97,10 +100,9 @@ def test_without_it_a_window_of_the_largest_shard_is_enough_and_with_it_is_not(l
     loader = loader_for(layout, Recorder("loader", float), read_ahead=False, window_bytes=window_bytes)
     try:
         for spec in layout.shards * 3:
-            lease, name, places = loader.next(TIMEOUT_S)
-            assert name == spec.name
-            assert {tensor for tensor, _, _ in places} == {info.name for info in spec.tensors}
-            loader.release(lease)
+            lease = loader.lend(spec.name, TIMEOUT_S)
+            assert {tensor for tensor, _, _ in lease.places} == {info.name for info in spec.tensors}
+            loader.release(lease.number)
     finally:
         loader.close()
     with pytest.raises(OverBudgetError, match="does not fit the window"):
