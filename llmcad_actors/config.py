@@ -78,6 +78,8 @@ class EngineConfig:
       read_limit: hold the reads to a rate, such as "400MB/s"; None: no limit.
       prefill_chunk: rows of a long prompt that a layer computes at once.
       read_ahead: False, for comparison, reads a shard only when it is asked for.
+      plain_ray: start Ray through its public interface alone, which takes more memory: where a version of Ray that
+        llmcad has not been tested with does not start, or for comparison.
     """
 
     target: str
@@ -105,6 +107,7 @@ class EngineConfig:
     read_limit: str | None = None
     prefill_chunk: int = 256
     read_ahead: bool = True
+    plain_ray: bool = False
 
     def __post_init__(self) -> None:
         self._check("target", checks.path, "a path or a name")
@@ -117,7 +120,7 @@ class EngineConfig:
             self._check(name, checks.whole_number, 1, most)
         for name, most in _OPTIONAL_COUNTS.items():
             self._check(name, checks.whole_number, 1, most, optional=True)
-        for name in ("provisional", "sharpen", "read_ahead"):
+        for name in ("provisional", "sharpen", "read_ahead", "plain_ray"):
             self._check(name, checks.flag)
         for name in ("alpha", "threshold"):
             self._check(name, checks.share)
@@ -163,6 +166,7 @@ class Settings(TypedDict, total=False):
     read_limit: str | None
     prefill_chunk: int
     read_ahead: bool
+    plain_ray: bool
 
 
 def documents_settings(function: F) -> F:

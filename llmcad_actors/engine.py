@@ -11,8 +11,7 @@ from typing import Any, Self, Unpack
 from llmcad_actors.actors.calls import fetch
 from llmcad_actors.actors.coordinator import PASS_TIMEOUT_S
 from llmcad_actors.actors.guard import Guard
-from llmcad_actors.actors.lean_ray import LocalRay
-from llmcad_actors.actors.own_ray import end_ray, start_ray
+from llmcad_actors.actors.own_ray import OwnRay, end_ray, start_ray
 from llmcad_actors.actors.runtime import Actors, start_actors
 from llmcad_actors.actors.tracing import traced
 from llmcad_actors.config import EngineConfig, Settings, documents_settings, setting_names
@@ -68,7 +67,7 @@ class Engine:
     def __init__(
         self,
         prepared: Prepared,
-        ray_: LocalRay,
+        ray_: OwnRay,
         actors: Actors,
         watcher: MemoryWatcher,
         text: LoadedTokenizer,
@@ -144,7 +143,7 @@ class Engine:
                 say(notice)
             text = load_tokenizer(prepared.target.path)  # first: loading takes more than what stays
             say("starting Ray")
-            ray_ = start_ray(prepared.memory.store_bytes)
+            ray_ = start_ray(prepared.memory.store_bytes, plain=prepared.config.plain_ray)
             undo.callback(end_ray, ray_)
             undo.callback(watcher.close)
             watcher.start()

@@ -619,7 +619,7 @@ _FIELDS = (
         "chunk_bytes",
         "piece_bytes",
     ),
-    *("read_limit", "prefill_chunk", "read_ahead", "[a]", "1", "~", "!!x y", "memory"),
+    *("read_limit", "prefill_chunk", "read_ahead", "plain_ray", "[a]", "1", "~", "!!x y", "memory"),
 )
 
 SPOILERS = {"models": spoilt_model, "traces": spoilt_trace, "yaml": spoilt_settings}

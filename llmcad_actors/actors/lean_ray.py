@@ -13,7 +13,6 @@ import secrets
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -23,20 +22,21 @@ from typing import Any
 import psutil
 import ray
 from ray._private import ray_constants, services
-from ray._private.node import Node
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from llmcad_actors.actors import idle_agent
 from llmcad_actors.actors.calls import Line
-from llmcad_actors.actors.ray_log import VARIABLE, RayLog, speaking_to
+from llmcad_actors.actors.environment import OF_ACTORS, environment
+from llmcad_actors.actors.ray_log import VARIABLE, RayLog, logging_to
 from llmcad_actors.errors import RuntimeFailure
 from llmcad_actors.machine.limits import check_shared_memory
 from llmcad_actors.machine.sessions import SessionFolder, log_folder, sweep
 
 NUM_ACTORS = 4
 END_TIMEOUT_S = 5.0
+ADVICE = "`llmcad doctor` may tell more; --plain-ray starts Ray without the changes that llmcad makes to it."
 
-ENVIRONMENT: dict[str, str | None] = {
+ENVIRONMENT: dict[str, str | None] = OF_ACTORS | {
     "RAY_JOB_CONFIG_JSON_ENV_VAR": None,  # of a job of another Ray around us, with a runtime environment
     "RAY_REDIS_ADDRESS": None,  # another Ray's state is not for ours
     "RAY_worker_niceness": "0",  # at Ray's default, 15, a drafting process slows a pass to half
@@ -49,13 +49,6 @@ ENVIRONMENT: dict[str, str | None] = {
     "RAY_AUTH_MODE": "token",  # whatever Ray's default, or the caller's
     "RAY_AUTH_TOKEN_PATH": None,
     "RAY_ENABLE_K8S_TOKEN_AUTH": None,
-    "TRANSFORMERS_SDPA_FORCE_GQA": "1",  # grouped heads without copying keys and values: half the attention time
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "8388608",
-    "MALLOC_TRIM_THRESHOLD_": "16777216",
-    "PYTHONWARNINGS": "ignore",
 }
 CONSTANTS = {  # which Ray has read from the environment when it was imported
     "ENABLE_RAY_CLUSTER": False,  # it takes 127.0.0.1 for the machine's address then, and listens there alone
@@ -82,17 +75,13 @@ class LocalRay:
         if self.is_ours:
             check_shared_memory(store_bytes)
             sweep()
-            for is_last in (False, True):  # on a slow disk Ray's programs may come too late for its deadline
-                try:
-                    return self._try(store_bytes)
-                except Exception as error:
-                    if is_last:
-                        why = "\n".join(
-                            [str(error), *getattr(error, "__notes__", ()), "`llmcad doctor` may tell more."]
-                        )
-                        raise RuntimeFailure(f"Ray did not start: {why}") from error
+            try:
+                self._start_or_undo(store_bytes)
+            except Exception as error:
+                why = "\n".join([str(error), *getattr(error, "__notes__", ()), ADVICE])
+                raise RuntimeFailure(f"Ray did not start: {why}") from error
 
-    def _try(self, store_bytes: int) -> None:
+    def _start_or_undo(self, store_bytes: int) -> None:
         """Start; what failed leaves nothing."""
         folder = SessionFolder()
         self._end.callback(folder.close)
@@ -102,7 +91,6 @@ class LocalRay:
             self._end.enter_context(speaking_to(log))
             self._start(store_bytes, folder.for_ray, log)
         except BaseException as error:
-            _end_half_started(error)
             for line in _fatal_lines(folder.for_ray):
                 error.add_note(line)
             self.close()
@@ -116,7 +104,7 @@ class LocalRay:
         self._end.callback(_read_environment)  # as it will be then: the caller's
         with environment(ENVIRONMENT | run), constants(CONSTANTS), idle_agents(), uninterrupted(is_start=True):
             _read_environment()
-            self._end.callback(_shut_down)
+            self._end.callback(_shut_down, folder)
             self._end.callback(log.end)
             ray.init(
                 address="local",
@@ -142,9 +130,9 @@ class LocalRay:
             self._end.close()
 
 
-def _shut_down() -> None:
-    """Ray's own way, and then the hard one for whatever is still there."""
-    family = _family(ray._private.worker._global_node)
+def _shut_down(folder: Path) -> None:
+    """Ray's own way, and then the hard one for whatever is still there, also of a start that failed."""
+    family = _family(folder)
     for process in family:
         with suppress(psutil.Error):
             if _is_worker(process):
@@ -162,23 +150,14 @@ def _is_worker(process: psutil.Process) -> bool:
     return (process.cmdline() or [""])[0].startswith("ray::")
 
 
-def _family(node: Any) -> list[psutil.Process]:
-    """The node's daemons, and all below them."""
+def _family(folder: Path) -> list[psutil.Process]:
+    """Our Ray's daemons, which are given its folder on their command lines, and all below them."""
     found: list[psutil.Process] = []
-    for infos in node.all_processes.values() if node else ():
-        for info in infos:
-            with suppress(psutil.Error):
-                daemon = psutil.Process(info.process.pid)
-                found += [daemon, *daemon.children(recursive=True)]
+    for process in psutil.Process().children():
+        with suppress(psutil.Error):
+            if any(str(folder) in word for word in process.cmdline()):
+                found += [process, *process.children(recursive=True)]
     return found
-
-
-def _end_half_started(error: BaseException) -> None:
-    """End the daemons of a node whose making raised `error`: Ray forgets them, and its shutdown does not reach them."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        node = frame.f_locals.get("self")
-        if isinstance(node, Node):
-            node.kill_all_processes(check_alive=False, wait=True)
 
 
 def _fatal_lines(folder: Path) -> list[str]:
@@ -188,30 +167,29 @@ def _fatal_lines(folder: Path) -> list[str]:
     return [line.partition("Check failed: ")[2] for line in lines if "Check failed: " in line]
 
 
-@contextmanager
-def environment(values: Mapping[str, str | None]) -> Iterator[None]:
-    """Set environment variables, or unset them, inside the block; children started there keep them."""
-    before = {name: os.environ.get(name) for name in values}
-    _set(values)
-    try:
-        yield
-    finally:
-        _set(before)
-
-
-def _set(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
 def _read_environment() -> None:
     """Ray's compiled part reads settings and token once in a process; here, again. The settings first: in token mode a
     thread of it that still runs may ask for the token, and ends the process where there is none."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def speaking_to(log: RayLog) -> Iterator[None]:
+    """Inside the block, what Ray says in this process goes to the log, with what its daemons report."""
+    worker = ray._private.worker
+    says = worker.print_to_stdstream
+
+    def listen(data: Mapping[str, Any], *_: object, **__: object) -> None:
+        for line in data.get("lines", ()):
+            log.say(f"({data.get('pid')}) {line}")
+
+    worker.print_to_stdstream = listen
+    try:
+        with logging_to(log):
+            yield
+    finally:
+        worker.print_to_stdstream = says
 
 
 @contextmanager

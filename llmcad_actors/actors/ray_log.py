@@ -8,13 +8,10 @@ lines of those are kept too. Whoever sees an actor fail notes it here, so the fi
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-import ray
 
 VARIABLE = "LLMCAD_RAY_LOG"
 """In the environment of our actors: the log of their Ray."""
@@ -76,19 +73,14 @@ def named_by_environment() -> Path | None:
 
 
 @contextmanager
-def speaking_to(log: RayLog) -> Iterator[None]:
-    """Inside the block, what Ray says in this process goes to the log."""
-    logger, worker = logging.getLogger("ray"), ray._private.worker
-    handlers, level, says = logger.handlers, logger.level, worker.print_to_stdstream
-
-    def listen(data: Mapping[str, Any], *_: object, **__: object) -> None:
-        for line in data.get("lines", ()):
-            log.say(f"({data.get('pid')}) {line}")
-
-    logger.handlers, worker.print_to_stdstream = [log], listen
+def logging_to(log: RayLog) -> Iterator[None]:
+    """Inside the block, Ray's logger in this process writes to the log."""
+    logger = logging.getLogger("ray")
+    handlers, level = logger.handlers, logger.level
+    logger.handlers = [log]
     logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.handlers, worker.print_to_stdstream = handlers, says
+        logger.handlers = handlers
         logger.setLevel(level)

@@ -95,6 +95,14 @@ DraftThreads = Annotated[
         max=MOST_THREADS,
     ),
 ]
+PlainRay = Annotated[
+    bool | None,
+    _option(
+        "--plain-ray",
+        panel=RESOURCES,
+        text="Start Ray as it comes, with more memory: where a new version of Ray does not start otherwise.",
+    ),
+]
 MaxNodes = Annotated[
     int | None,
     _option(panel=SPECULATION, text="Tree nodes checked in one pass at most.", default=_DEFAULTS["max_nodes"]),
@@ -232,6 +240,7 @@ def settings_from_options(
     read_limit: ReadLimit = None,
     threads: Threads = None,
     draft_threads: DraftThreads = None,
+    plain_ray: PlainRay = None,
     max_nodes: MaxNodes = None,
     provisional: ProvisionalGrowth = None,
     sharpen: Sharpening = None,

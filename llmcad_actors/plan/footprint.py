@@ -24,6 +24,7 @@ DRAFT_SLOTS = 1024
 
 MB = 1_000_000
 DAEMONS = 83 * MB
+PLAIN_DAEMONS = 350 * MB  # of a Ray as it comes
 THIN_PROCESSES = 232 * MB  # the caller, the coordinator, the loader
 CALLER = 85 * MB
 TORCH_PROCESS = 233 * MB
@@ -44,7 +45,7 @@ def budget_inputs(
 ) -> BudgetInputs:
     """What each part will take, in bytes."""
     width = WIDTHS[target_dtype(config)]
-    overhead = overhead_bytes(1 if draft is None else 2)
+    overhead = overhead_bytes(1 if draft is None else 2, plain_ray=config.plain_ray)
     return BudgetInputs(
         overhead_bytes=overhead,
         tokenizer=tokenizer_bytes(target, overhead),
@@ -65,9 +66,10 @@ def budget_inputs(
     )
 
 
-def overhead_bytes(models: int) -> int:
+def overhead_bytes(models: int, *, plain_ray: bool = False) -> int:
     """What runs before anything of so many models is held."""
-    return DAEMONS + THIN_PROCESSES + models * (TORCH_PROCESS if versions.is_tested("torch") else WHOLE_TORCH_PROCESS)
+    torch_process = TORCH_PROCESS if versions.is_tested("torch") else WHOLE_TORCH_PROCESS
+    return (PLAIN_DAEMONS if plain_ray else DAEMONS) + THIN_PROCESSES + models * torch_process
 
 
 def tokenizer_bytes(target: Checkpoint, overhead: int) -> int:

@@ -1,0 +1,78 @@
+"""Ray on one machine as Ray is, through its public interface alone: for when a new version breaks what is bent.
+
+It takes more memory than the lean one, listens on all interfaces (calls need Ray's own token), keeps its files in Ray's
+own folder, and says on the screen what Ray says there.
+"""
+
+import atexit
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import ray
+
+from llmcad_actors.actors.calls import Line
+from llmcad_actors.actors.environment import OF_ACTORS, environment
+from llmcad_actors.actors.ray_log import VARIABLE, RayLog, logging_to
+from llmcad_actors.errors import RuntimeFailure
+from llmcad_actors.machine.limits import check_shared_memory
+from llmcad_actors.machine.sessions import log_folder
+
+NUM_ACTORS = 4
+DOCUMENTED = {"RAY_USAGE_STATS_ENABLED": "0"}  # nothing of a run leaves the machine
+
+
+class PlainRay:
+    """As `LocalRay`: one of our own, or the caller's if one is running, which we then leave alone."""
+
+    def __init__(self, store_bytes: int) -> None:
+        """Raises `RuntimeFailure` when Ray does not start."""
+        self.is_ours = not ray.is_initialized()
+        self.line = Line()
+        self._pid = os.getpid()
+        self._end = ExitStack()
+        if self.is_ours:
+            check_shared_memory(store_bytes)
+            try:
+                self._start(store_bytes)
+            except Exception as error:
+                self.close()
+                raise RuntimeFailure(f"Ray did not start: {error}\n`llmcad doctor` may tell more.") from error
+
+    def _start(self, store_bytes: int) -> None:
+        log = RayLog(log_folder())
+        self._end.enter_context(logging_to(log))
+        self._end.callback(ray.shutdown)
+        self._end.callback(log.end)
+        with environment(OF_ACTORS | DOCUMENTED | {VARIABLE: str(log.path)}), signals_as_before():
+            ray.init(
+                address="local",
+                num_cpus=NUM_ACTORS,
+                object_store_memory=store_bytes,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        self.line = Line(log.path)
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End it, if it is ours. May be called again."""
+        if os.getpid() == self._pid:  # and not a fork of ours that exits
+            self.line.cut()
+            atexit.unregister(self.close)
+            self._end.close()
+
+
+@contextmanager
+def signals_as_before() -> Iterator[None]:
+    """Ray's start puts a handler of SIGTERM over the caller's."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
