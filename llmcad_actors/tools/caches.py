@@ -19,12 +19,12 @@ from llmcad_actors.machine.orphans import find_orphans, is_a_session_running
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import layout_of
 from llmcad_actors.storage.model_names import CachedModel, cached_models
+from llmcad_actors.storage.new_folder import UNFINISHED, is_being_made
 from llmcad_actors.tools.bundled import DEMO, PAIR, SKETCHES
 from llmcad_actors.tools.enlarge import RECORD
 
 BUNDLED, OWN, HUB = "bundled", "llmcad", "Hugging Face"
 ENLARGED = re.compile(r"(demo|draft)-\d+")
-UNFINISHED = ".partial"
 LOGS = "logs"
 BEING_WRITTEN_S = 60.0
 """What was changed so lately may still be written by somebody."""
@@ -95,8 +95,11 @@ def leftovers(cache: Path | None = None, temporary: Path | None = None) -> tuple
 def _models_of(cache: Path) -> Iterator[Leftover]:
     for folder in _enlarged(cache):
         yield Leftover("enlarged model, made again when needed", folder, size_on_disk(folder))
-    for folder in sorted(cache.glob(f"*{UNFINISHED}")):
-        if _is_ours(folder, folder.name.removesuffix(UNFINISHED)) and not _is_being_written(folder):
+    for folder in sorted(cache.glob("*.partial")):
+        unfinished = UNFINISHED.fullmatch(folder.name)
+        if not unfinished or not _is_ours(folder, unfinished["name"]):
+            continue
+        if not _is_being_written(folder) and not is_being_made(folder):
             yield Leftover("unfinished enlarged model", folder, size_on_disk(folder))
 
 

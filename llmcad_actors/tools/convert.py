@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from llmcad_actors.families.families import family_of
 from llmcad_actors.kernels.tensors import DTYPES
 from llmcad_actors.storage.checkpoint import COMPUTED, INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint, weight_map_of
 from llmcad_actors.storage.layout import layout_of
+from llmcad_actors.storage.new_folder import appearing
 from llmcad_actors.storage.small_file import INDEX_BYTES, read_object, reason
 from llmcad_actors.storage.writer import Entry, SafetensorsWriter, entry_bytes
 
@@ -69,8 +71,8 @@ def convert(
     """Write `source`'s weights as safetensors to `out`, with its config and tokenizer files; returns `out`.
 
     dtype: "auto" (as stored), "float32", "bfloat16" or "float16". `out` appears when it is complete; until then the
-    work is in `out`.partial. Raises CheckpointError (no pickle weights, damaged, would run code), ConfigError,
-    MemoryCapError and StorageError.
+    work is beside it, and a run that was broken off is gone on with. Raises CheckpointError (no pickle weights,
+    damaged, would run code), ConfigError, MemoryCapError and StorageError.
     """
     source, out = Path(source), Path(out)
     if dtype not in ("auto", *ASKED):
@@ -89,19 +91,16 @@ def convert(
     if not tensors:
         raise CheckpointError(f"the pickle files of {source} hold no weights; fetch the model again")
     record["tensors"] = [asdict(tensor) | {"shape": list(tensor.shape)} for tensor in tensors]
-    partial = out.with_name(out.name + ".partial")
     try:
-        _prepare(partial, record, sum(entry_bytes(t.entry) for t in tensors))
-        _write_weights(
-            partial, source, _shards(tensors, file_bytes), cap, block, progress or (lambda done, total: None)
-        )
-        _write_small_files(partial, source, config, dtype)
-        layout_of(Checkpoint.open(partial))  # nothing incomplete gets the final name
-        if out.is_dir():
-            out.rmdir()
-        os.replace(partial, out)
+        with appearing(out, is_ours=_is_recorded, may_go_on=partial(_is_recorded, record=record)) as folder:
+            _prepare(folder, record, sum(entry_bytes(t.entry) for t in tensors))
+            shards = _shards(tensors, file_bytes)
+            _write_weights(folder, source, shards, cap, block, progress or (lambda done, total: None))
+            _write_small_files(folder, source, config, dtype)
+            layout_of(Checkpoint.open(folder))  # nothing incomplete gets the final name
     except OSError as error:
         raise StorageError(f"{out} cannot be written: {error}; free space or choose another folder") from error
+    _is_made(out, record)  # where somebody else was sooner
     return out
 
 
@@ -248,36 +247,39 @@ def _is_made(out: Path, record: dict[str, Any]) -> bool:
     return True
 
 
-def _prepare(partial: Path, record: dict[str, Any], total: int) -> None:
-    """The folder of an interrupted run of the same job, or a new one on a disk with room."""
-    if partial.exists() and not ((partial / RECORD).is_file() and read_object(partial / RECORD, INDEX_BYTES) == record):
-        raise StorageError(f"{partial} is in the way, and not the beginning of this conversion; remove it first")
-    partial.mkdir(parents=True, exist_ok=True)
-    for stale in partial.glob("*.partial"):
+def _is_recorded(folder: Path, record: dict[str, Any] | None = None) -> bool:
+    """Whether a conversion began there; record: this one."""
+    file = folder / RECORD
+    return file.is_file() and (record is None or read_object(file, INDEX_BYTES) == record)
+
+
+def _prepare(folder: Path, record: dict[str, Any], total: int) -> None:
+    """See to room on the disk, and to what a run that was broken off had begun to write."""
+    for stale in folder.glob("*.partial"):
         stale.unlink()
-    done = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
-    free, needed = shutil.disk_usage(partial).free, total - done + SLACK_BYTES
+    done = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    free, needed = shutil.disk_usage(folder).free, total - done + SLACK_BYTES
     if free < needed:
         raise StorageError(
-            f"{partial.parent} has {format_size(free)} free, the conversion needs {format_size(needed)}; free some "
+            f"{folder.parent} has {format_size(free)} free, the conversion needs {format_size(needed)}; free some "
             "or choose another folder"
         )
-    (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _write_weights(
-    partial: Path, source: Path, shards: list[list[_Tensor]], cap: int, block: int, progress: Progress
+    folder: Path, source: Path, shards: list[list[_Tensor]], cap: int, block: int, progress: Progress
 ) -> None:
     total, done = sum(entry_bytes(t.entry) for shard in shards for t in shard), 0
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        if (partial / name).is_file():  # of an interrupted run; it got this name when it was complete
+        if (folder / name).is_file():  # of an interrupted run; it got this name when it was complete
             done += sum(entry_bytes(t.entry) for t in shard)
             progress(done, total)
             continue
         weights = _load(source / shard[0].file, cap)
         mapped = _mapped(source / shard[0].file)
-        with SafetensorsWriter(partial / name, [t.entry for t in shard]) as writer:
+        with SafetensorsWriter(folder / name, [t.entry for t in shard]) as writer:
             for tensor in shard:
                 for part in _parts(weights[tensor.name].detach(), block):
                     array = part.to(DTYPES[tensor.dtype]).contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -287,7 +289,7 @@ def _write_weights(
                     progress(done, total)
     weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
 def _parts(tensor: torch.Tensor, block: int) -> Iterator[torch.Tensor]:
@@ -316,10 +318,10 @@ def _forget(part: torch.Tensor, mapped: list[tuple[int, int]]) -> None:
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_DONTNEED)
 
 
-def _write_small_files(partial: Path, source: Path, config: dict[str, Any], dtype: str) -> None:
+def _write_small_files(folder: Path, source: Path, config: dict[str, Any], dtype: str) -> None:
     said = {key for key in ("dtype", "torch_dtype") if key in config} or {"dtype"}
     changed = {} if dtype == "auto" else dict.fromkeys(sorted(said), dtype)
-    (partial / "config.json").write_text(json.dumps({**config, **changed}, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps({**config, **changed}, indent=2) + "\n")
     for file in sorted(source.iterdir()):
         if file.suffix in COPIED and file.is_file() and file.name not in ("config.json", PICKLE_INDEX, RECORD):
-            shutil.copyfile(file, partial / file.name)
+            shutil.copyfile(file, folder / file.name)

@@ -8,7 +8,6 @@ blocks: memory stays at some dozens of MiB.
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from llmcad_actors.errors import CheckpointError, ConfigError, StorageError
 from llmcad_actors.storage.checkpoint import INDEX, Checkpoint, TensorInfo
 from llmcad_actors.storage.dtypes import TORCH_NAMES
 from llmcad_actors.storage.layout import Layout, layout_of
+from llmcad_actors.storage.new_folder import appearing
 from llmcad_actors.storage.rows import read_bytes
 from llmcad_actors.storage.safetensors_header import ITEM_BYTES
 from llmcad_actors.storage.small_file import read_object
@@ -188,53 +188,47 @@ def _is_made(destination: Path, job: _Job) -> bool:
 
 
 def _make(destination: Path, job: _Job, progress: Progress) -> None:
-    partial = destination.with_name(destination.name + ".partial")
     try:
-        _prepare(partial, job)
-        _write_small_files(partial, job)
-        _write_weights(partial, job, progress)
-        os.replace(partial, destination)
+        with appearing(destination, is_ours=_is_recorded) as folder:
+            _check_room(folder, job)
+            _write_small_files(folder, job)
+            _write_weights(folder, job, progress)
     except OSError as error:
         raise StorageError(f"{destination} cannot be written: {error}; choose another folder.") from error
-    finally:
-        if (partial / RECORD).is_file():
-            shutil.rmtree(partial)
+    _is_made(destination, job)  # where somebody else was sooner
 
 
-def _prepare(partial: Path, job: _Job) -> None:
-    """An empty directory on a disk with room; what an interrupted run left there is removed."""
-    if (partial / RECORD).is_file():
-        shutil.rmtree(partial)
-    if partial.exists():
-        raise StorageError(f"{partial} is in the way and not llmcad's; remove it or choose another folder.")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    free, needed = shutil.disk_usage(partial.parent).free, job.total_bytes + SLACK_BYTES
+def _is_recorded(folder: Path) -> bool:
+    return (folder / RECORD).is_file()
+
+
+def _check_room(folder: Path, job: _Job) -> None:
+    free, needed = shutil.disk_usage(folder).free, job.total_bytes + SLACK_BYTES
     if free < needed:
         raise StorageError(
-            f"{partial.parent} has {free:,} bytes free, the enlarged model needs {needed:,}; free some or choose "
+            f"{folder.parent} has {free:,} bytes free, the enlarged model needs {needed:,}; free some or choose "
             "another folder."
         )
-    partial.mkdir()
 
 
-def _write_small_files(partial: Path, job: _Job) -> None:
-    (partial / RECORD).write_text(json.dumps(job.record, indent=1) + "\n")
-    (partial / "config.json").write_text(json.dumps(job.config, indent=2, sort_keys=True) + "\n")
+def _write_small_files(folder: Path, job: _Job) -> None:
+    (folder / RECORD).write_text(json.dumps(job.record, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(job.config, indent=2, sort_keys=True) + "\n")
     for file in sorted(job.source.path.iterdir()):
         if file.suffix in COPIED and file.is_file() and file.name not in ("config.json", INDEX, RECORD):
-            shutil.copyfile(file, partial / file.name)
+            shutil.copyfile(file, folder / file.name)
 
 
-def _write_weights(partial: Path, job: _Job, progress: Progress) -> None:
+def _write_weights(folder: Path, job: _Job, progress: Progress) -> None:
     done = 0
     for name, tensors in _named_files(job):
-        with SafetensorsWriter(partial / name, _entries(tensors, job.dtype)) as writer:
+        with SafetensorsWriter(folder / name, _entries(tensors, job.dtype)) as writer:
             for tensor in tensors:
                 for block in tensor.blocks(job.dtype, job.seed):
                     writer.write_part(tensor.name, block)
                     done += block.nbytes
                     progress(done, job.total_bytes)
-    _write_index(partial, job)
+    _write_index(folder, job)
 
 
 def _write_index(folder: Path, job: _Job) -> None:

@@ -161,18 +161,19 @@ def test_what_was_made_is_removed_and_nothing_else(folders: Folders, tmp_path: P
     session(temporary / "llmcad-dead", gone_pid())
     (cache / "logs").mkdir()
     (cache / "logs" / "run.log").write_text("x")
-    stale = cache / "demo-66.partial"
-    shutil.copytree(cache / f"demo-{DEMO_SIZE}", stale)
+    stale, old = cache / "demo-66.0123abcd.partial", cache / "demo-66.partial"
+    for path in (stale, old):
+        shutil.copytree(cache / f"demo-{DEMO_SIZE}", path)
     sketch = temporary / "llmcad-sketch-x"
     sketch.mkdir()
-    for path in (stale, *stale.iterdir(), sketch):
+    for path in (stale, *stale.iterdir(), old, *old.iterdir(), sketch):
         os.utime(path, (0, 0))
     stay = strangers(cache, temporary, tmp_path / "hub")
     before = files_of(bundled_target())
     found, _ = leftovers(cache, temporary)
     mine = [each for each in found if each.path.is_relative_to(tmp_path)]  # the rest is of the machine's shared memory
     assert {each.path for each in mine} == {
-        *(cache / f"demo-{DEMO_SIZE}", stale, cache / "logs", temporary / "llmcad-dead", sketch)
+        *(cache / f"demo-{DEMO_SIZE}", stale, old, cache / "logs", temporary / "llmcad-dead", sketch)
     }
     assert sum(each.nbytes for each in mine) >= 2 * DEMO_SIZE
     for each in mine:

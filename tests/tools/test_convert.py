@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -121,9 +122,10 @@ def test_a_finished_file_is_not_made_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", progress=interrupt, file_bytes=50_000)
     assert not (tmp_path / "out").exists()
-    finished = {file.name: file.stat().st_ino for file in (tmp_path / "out.partial").glob("*.safetensors")}
+    (begun,) = tmp_path.glob("out.*.partial")
+    finished = {file.name: file.stat().st_ino for file in begun.glob("*.safetensors")}
     assert len(finished) > 1
-    (tmp_path / "out.partial" / "model.safetensors.1.partial").write_bytes(b"of a run that was killed")
+    (begun / "model.safetensors.1.partial").write_bytes(b"of a run that was killed")
     out = convert(source, tmp_path / "out", file_bytes=50_000)
     assert finished.items() <= {file.name: file.stat().st_ino for file in out.glob("*.safetensors")}.items()
     assert not list(out.glob("*.partial"))
@@ -139,8 +141,51 @@ def test_what_is_made_already_is_kept_and_what_is_not_ours_is_not_touched(tmp_pa
     with pytest.raises(StorageError, match="holds something else"):
         convert(source, out, dtype="bfloat16")
     (tmp_path / "new.partial").mkdir()
-    with pytest.raises(StorageError, match="is in the way"):
-        convert(source, tmp_path / "new")
+    (tmp_path / "new.0123abcd.partial").mkdir()
+    convert(source, tmp_path / "new")
+    assert len(list(tmp_path.glob("new.*"))) == 2
+
+
+TOGETHER = """
+import sys, time
+from pathlib import Path
+from llmcad_actors.tools.convert import convert
+
+began = False
+
+def progress(done, total):
+    global began
+    if not began:
+        began = True
+        print("writing", flush=True)
+        sys.stdin.readline()
+
+convert(Path(sys.argv[1]), Path(sys.argv[2]), progress=progress, file_bytes=50_000)
+"""
+
+
+def test_two_that_convert_the_same_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """And a third goes on with what a killed one left, not with what the living ones write."""
+    source, original = pickled(tmp_path)
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", TOGETHER, str(source), str(out)]
+    runs = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    for run in runs:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "writing\n"
+    assert len(list(tmp_path.glob("out.*.partial"))) == 3
+    runs[0].kill()
+    runs[0].communicate(timeout=60)
+    for run in runs[1:]:
+        run.communicate("\n", timeout=60)
+        assert run.returncode == 0
+    same_model(out, original)
+    (left,) = tmp_path.glob("out.*.partial")
+    shutil.rmtree(out)
+    inode = left.stat().st_ino
+    convert(source, out, file_bytes=50_000)
+    assert out.stat().st_ino == inode
+    assert not list(tmp_path.glob("out.*"))
 
 
 class Malice:

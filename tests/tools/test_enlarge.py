@@ -214,15 +214,15 @@ def test_an_interrupted_run_leaves_nothing_and_a_killed_one_is_cleared_away(tmp_
     with pytest.raises(KeyboardInterrupt):
         enlarge(source, big, target_bytes=0, progress=interrupt, **WIDER)
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
-    partial = tmp_path / "big.partial"
-    partial.mkdir()
-    with pytest.raises(StorageError, match=r"partial is in the way"):
-        enlarge(source, big, target_bytes=0, **WIDER)
-    (partial / RECORD).write_text("{}")
-    (partial / "model-00001-of-00009.safetensors").touch()
+    foreign, *killed = (tmp_path / f"big{part}.partial" for part in (".01234567", "", ".89abcdef"))
+    for partial in (foreign, *killed):
+        partial.mkdir()
+        (partial / "model-00001-of-00009.safetensors").touch()
+    for partial in killed:
+        (partial / RECORD).write_text("{}")
     big.mkdir()  # empty: as good as absent
     enlarge(source, big, target_bytes=0, **WIDER)
-    assert not partial.exists()
+    assert list(tmp_path.glob("*.partial")) == [foreign]  # nothing says that llmcad made it
     assert len(list(big.glob("*.safetensors"))) == 1
 
 
