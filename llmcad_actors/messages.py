@@ -118,8 +118,9 @@ class Failed:
     def as_error(self) -> LlmcadError:
         """The exception, to be raised; a `RuntimeFailure` where `kind` is none of ours."""
         kind = getattr(errors, self.kind, None)
-        is_ours = isinstance(kind, type) and issubclass(kind, LlmcadError)
-        return kind(self.message) if is_ours else RuntimeFailure(self.message)
+        if isinstance(kind, type) and issubclass(kind, LlmcadError):
+            return kind(self.message)
+        return RuntimeFailure(self.message)
 
 
 Event = Tokens | Provisional | Finished | Failed
