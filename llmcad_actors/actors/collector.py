@@ -19,7 +19,7 @@ class TraceCollector:
     """
 
     def __init__(self, actors: Mapping[str, Any], write: Callable[[bytes], object]) -> None:
-        """`actors`: handles by lane; each has a method trace(keep_on)."""
+        """`actors`: handles by lane; each has a method trace(goes_on)."""
         self._actors = dict(actors)
         self._write = write
         self._calls: dict[str, Any] = {}  # not answered yet
@@ -29,7 +29,7 @@ class TraceCollector:
         self.missing: Sequence[str] = ()  # lanes without an answer in the end
 
     def __enter__(self) -> Self:
-        self._ask(keep_on=True)
+        self._ask(goes_on=True)
         self._collect(EDGE_TIMEOUT_S)
         self._thread.start()
         return self
@@ -38,20 +38,20 @@ class TraceCollector:
         self._stop.set()
         self._thread.join(EDGE_TIMEOUT_S)
         self._collect(EDGE_TIMEOUT_S)
-        self._ask(keep_on=False)
+        self._ask(goes_on=False)
         self._collect(EDGE_TIMEOUT_S)
         self.missing = tuple(lane for lane in self._actors if lane in self._calls or lane in self._failed)
 
     def _run(self) -> None:
         while not self._stop.wait(EVERY_S):
-            self._ask(keep_on=True)
+            self._ask(goes_on=True)
             self._collect(POLL_TIMEOUT_S)
 
-    def _ask(self, *, keep_on: bool) -> None:
+    def _ask(self, *, goes_on: bool) -> None:
         for lane, actor in self._actors.items():
             if lane not in self._calls:
                 try:
-                    self._calls[lane] = actor.trace.remote(keep_on)
+                    self._calls[lane] = actor.trace.remote(goes_on)
                 except LlmcadError:  # the engine is being closed
                     self._failed.add(lane)
 

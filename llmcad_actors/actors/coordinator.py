@@ -114,9 +114,9 @@ class Coordinator:
             self._task.cancel()
             await asyncio.wait([self._task], timeout=CALL_TIMEOUT_S)
 
-    async def trace(self, keep_on: bool) -> bytes:
-        """What was recorded since the last call; record on, or stop."""
-        return pack(self._recorder.drain(keep_on=keep_on))
+    async def trace(self, goes_on: bool) -> bytes:
+        """What was recorded since the last call; recording goes on, or stops."""
+        return pack(self._recorder.drain(keep_on=goes_on))
 
     async def _run(self, request: Request, emit: Callable[[Event], None]) -> None:
         drafter = self._drafter if request.speculate else None

@@ -72,9 +72,9 @@ class DraftActor:
     def extend(self) -> bytes:
         return pack(self._leftover.submit(self._draft.extend, self._slice_steps).result(SLICE_TIMEOUT_S))
 
-    def trace(self, keep_on: bool) -> bytes:
-        """What was recorded since the last call; record on, or stop."""
-        return pack(self._recorder.drain(keep_on=keep_on))
+    def trace(self, goes_on: bool) -> bytes:
+        """What was recorded since the last call; recording goes on, or stops."""
+        return pack(self._recorder.drain(keep_on=goes_on))
 
 
 def give_way() -> None:

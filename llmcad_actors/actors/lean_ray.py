@@ -87,7 +87,7 @@ class LocalRay:
         self._end.callback(folder.close)
         try:
             log = RayLog(log_folder())
-            self._end.callback(log.keep_tails, folder.for_ray)
+            self._end.callback(log.save_tails, folder.for_ray)
             self._end.enter_context(speaking_to(log))
             self._start(store_bytes, folder.for_ray, log)
         except BaseException as error:

@@ -290,6 +290,6 @@ class LoaderActor:
     def progress(self) -> bytes:
         return pack(self._loader.progress())
 
-    def trace(self, keep_on: bool) -> bytes:
-        """What was recorded since the last call; record on, or stop."""
-        return pack(self._recorder.drain(keep_on=keep_on))
+    def trace(self, goes_on: bool) -> bytes:
+        """What was recorded since the last call; recording goes on, or stops."""
+        return pack(self._recorder.drain(keep_on=goes_on))

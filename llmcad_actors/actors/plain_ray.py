@@ -1,7 +1,7 @@
 """Ray on one machine as Ray is, through its public interface alone: for when a new version breaks what is bent.
 
-It takes more memory than the lean one, listens on all interfaces (calls need Ray's own token), keeps its files in Ray's
-own folder, and says on the screen what Ray says there.
+It takes more memory than the lean one, listens on all interfaces, asks for a token or not as Ray's settings say, keeps
+its files in Ray's own folder, leaves in the environment what Ray puts there, and lets Ray speak on the screen.
 """
 
 import atexit

@@ -2,7 +2,7 @@
 
 A thread of Ray in this process prints what its daemons report ("A worker died ..."), and its logger writes to standard
 error. The files of its processes are in the session's folder, which is removed: where something went wrong, the last
-lines of those are kept too. Whoever sees an actor fail notes it here, so the file is there when a message names it.
+lines of those are saved too. Whoever sees an actor fail notes it here, so the file is there when a message names it.
 """
 
 import logging
@@ -16,7 +16,7 @@ from pathlib import Path
 VARIABLE = "LLMCAD_RAY_LOG"
 """In the environment of our actors: the log of their Ray."""
 
-KEPT_LOGS = 20
+MOST_LOGS = 20
 MOST_BYTES = 1_000_000  # of a log
 TAIL_BYTES = 4000  # of one process's own log
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -43,7 +43,7 @@ class RayLog(logging.Handler):
     def end(self) -> None:
         self._is_ending = True
 
-    def keep_tails(self, session: Path) -> None:
+    def save_tails(self, session: Path) -> None:
         """Of what its processes wrote to standard error, if anything has been noted: where they crash, only there."""
         for file in sorted(session.glob("session_2*/logs/*.err")) if self.path.exists() else ():
             with suppress(OSError):
@@ -60,7 +60,7 @@ def note(log: Path, text: str) -> None:
     with suppress(OSError):
         if not log.exists():
             log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for old in sorted(log.parent.glob("ray-*.log"))[: -KEPT_LOGS + 1]:
+            for old in sorted(log.parent.glob("ray-*.log"))[: -MOST_LOGS + 1]:
                 old.unlink(missing_ok=True)
         with log.open("ab") as file:  # in one piece, whoever else adds to it
             if file.tell() + len(line) <= MOST_BYTES:

@@ -79,6 +79,6 @@ class VerifierActor:
         """Of a few tokens: whole rows of logits never leave this process."""
         return pack(self._target.logits_after(unpack(output), unpack(tokens)))
 
-    def trace(self, keep_on: bool) -> bytes:
-        """What was recorded since the last call; record on, or stop."""
-        return pack(self._recorder.drain(keep_on=keep_on))
+    def trace(self, goes_on: bool) -> bytes:
+        """What was recorded since the last call; recording goes on, or stops."""
+        return pack(self._recorder.drain(keep_on=goes_on))
