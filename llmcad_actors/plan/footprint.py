@@ -24,7 +24,7 @@ DRAFT_SLOTS = 1024
 
 MB = 1_000_000
 DAEMONS = 83 * MB
-PLAIN_DAEMONS = 350 * MB  # of a Ray as it comes
+PLAIN_DAEMONS = 375 * MB  # of a Ray as it comes: after some minutes, and 7 %, as its control store grows
 THIN_PROCESSES = 232 * MB  # the caller, the coordinator, the loader
 CALLER = 85 * MB
 TORCH_PROCESS = 233 * MB

@@ -69,6 +69,7 @@ def test_it_generates_the_same_text_within_its_plan_and_leaves_nothing(
     result = engine.generate(PROMPT, max_new_tokens=COUNT)
     assert result.token_ids == expected
     assert result.stats.bytes_read > 0  # some shards came over the lease socket
+    assert 0 < result.stats.peak_memory_bytes <= result.stats.memory_cap_bytes
     assert DAEMONS < by_group(psutil.Process())["Ray daemons"] <= PLAIN_DAEMONS
     engine.close()
     assert not ray.is_initialized()
