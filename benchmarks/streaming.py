@@ -6,7 +6,7 @@
 Both read the streamed shards of the same plan, with as many threads and the same chunks; they take turns, because
 disks change their mind from minute to minute. The first pass of a run is left out: it finds the window full. Of
 options with several values every combination is run: targets (their shards differ in size), caps, threads, chunks,
-pieces (what is read of a shard in one go, and the part of the window that is not whole shards) and read limits.
+extents (what is read of a shard in one go, and the part of the window that is not whole shards) and read limits.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from llmcad_actors.errors import ConfigError
 from llmcad_actors.plan.job import Prepared
 from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.plan.specs import loader_spec
-from llmcad_actors.storage.pieces import Piece, pieces_of
+from llmcad_actors.storage.extents import Extent, extents_of
 from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader, TokenBucket, buffer_bytes
 
 PROMPT = "def read_lines(path):\n    "
@@ -70,26 +70,26 @@ def await_idle_disk(engine: Engine) -> None:
 def raw_rate(job: Prepared, passes: int) -> tuple[float, bool]:
     """Bytes per second of reading the streamed shards `passes` times, and whether the page cache was bypassed."""
     spec = loader_spec(job)
-    pieces = [p for s in job.layout.shards if s.name in job.memory.streamed for p in pieces_of(s, spec.piece_bytes)]
-    size = buffer_bytes(max(piece.nbytes for piece in pieces))
+    extents = [p for s in job.layout.shards if s.name in job.memory.streamed for p in extents_of(s, spec.extent_bytes)]
+    size = buffer_bytes(max(extent.nbytes for extent in extents))
     buffers = deque(AlignedBuffer(size, populate=True) for _ in range(NUM_BUFFERS))
     limit = TokenBucket(spec.rate_limit) if spec.rate_limit else None
     with ParallelReader(spec.threads, spec.chunk_bytes, limit) as reader:
         started = time.perf_counter()
-        total = _read_all(reader, itertools.chain.from_iterable([pieces] * passes), buffers)
+        total = _read_all(reader, itertools.chain.from_iterable([extents] * passes), buffers)
         return total / (time.perf_counter() - started), reader.direct
 
 
-def _read_all(reader: ParallelReader, pieces: "itertools.chain[Piece]", buffers: deque[AlignedBuffer]) -> int:
+def _read_all(reader: ParallelReader, extents: "itertools.chain[Extent]", buffers: deque[AlignedBuffer]) -> int:
     total, pending = 0, deque[tuple[Any, AlignedBuffer]]()
-    for piece in pieces:
+    for extent in extents:
         if not buffers:
             read, buffer = pending.popleft()
             read.wait(READ_TIMEOUT_S)
             buffers.append(buffer)
         buffer = buffers.popleft()
-        pending.append((reader.submit(piece.file, piece.offset, piece.nbytes, buffer), buffer))
-        total += piece.nbytes
+        pending.append((reader.submit(extent.file, extent.offset, extent.nbytes, buffer), buffer))
+        total += extent.nbytes
     for read, _ in pending:
         read.wait(READ_TIMEOUT_S)
     return total
@@ -179,7 +179,7 @@ def main(
     memory: Annotated[str, typer.Option(help="Memory caps: they decide what is streamed.")] = "1.5GB",
     threads: Annotated[str, typer.Option(help="Reading threads; none: what suits the disk.")] = NONE,
     chunk: Annotated[str, typer.Option(help="Sizes of one read request; none: what suits the disk.")] = NONE,
-    piece: Annotated[str, typer.Option(help="Sizes of what is read in one go; none: the default.")] = NONE,
+    extent: Annotated[str, typer.Option(help="Sizes of what is read in one go; none: the default.")] = NONE,
     read_limit: Annotated[str, typer.Option(help="Hold all reads to rates, such as 400MB/s.")] = NONE,
     runs: Annotated[int, typer.Option(min=1, help="Runs of each, in turn.")] = 5,
     passes: Annotated[int, typer.Option(min=1, help="Passes measured per run.")] = 5,
@@ -192,12 +192,12 @@ def main(
         memory=memory,
         read_threads=threads,
         chunk_bytes=chunk,
-        piece_bytes=piece,
+        extent_bytes=extent,
         read_limit=read_limit,
     )
     for settings in chosen:
         settings["read_threads"] = settings["read_threads"] and number(settings["read_threads"], "--threads")
-        for name in ("chunk_bytes", "piece_bytes"):
+        for name in ("chunk_bytes", "extent_bytes"):
             settings[name] = settings[name] and parse_size(settings[name], 0)
     measured = []
     for settings in chosen:

@@ -29,7 +29,7 @@ MOST_THREADS = 4096
 MOST_BYTES = 2**40
 
 _COUNTS = dict.fromkeys(("max_nodes", "batch", "children", "depth", "prefill_chunk"), MOST) | {
-    "piece_bytes": MOST_BYTES
+    "extent_bytes": MOST_BYTES
 }
 _OPTIONAL_COUNTS = {
     "max_context": 10**9,
@@ -74,7 +74,7 @@ class EngineConfig:
       draft_threads: None: 1 for a small draft, else as many as there are cores.
       read_threads: None: what suits the disk.
       chunk_bytes: of one read request; None: what suits the disk.
-      piece_bytes: neighbouring tensors up to this size are read in one go.
+      extent_bytes: neighbouring tensors up to this size are read in one go.
       read_limit: hold the reads to a rate, such as "400MB/s"; None: no limit.
       prefill_chunk: rows of a long prompt that a layer computes at once.
       read_ahead: False, for comparison, reads a shard only when it is asked for.
@@ -103,7 +103,7 @@ class EngineConfig:
     draft_threads: int | None = None
     read_threads: int | None = None
     chunk_bytes: int | None = None
-    piece_bytes: int = 32 << 20
+    extent_bytes: int = 32 << 20
     read_limit: str | None = None
     prefill_chunk: int = 256
     read_ahead: bool = True
@@ -162,7 +162,7 @@ class Settings(TypedDict, total=False):
     draft_threads: int | None
     read_threads: int | None
     chunk_bytes: int | None
-    piece_bytes: int
+    extent_bytes: int
     read_limit: str | None
     prefill_chunk: int
     read_ahead: bool
@@ -227,7 +227,7 @@ class LoaderSpec:
     path: str
     pinned: tuple[str, ...]
     window_bytes: int
-    piece_bytes: int
+    extent_bytes: int
     chunk_bytes: int
     threads: int
     rate_limit: float | None  # bytes per second

@@ -142,7 +142,7 @@ SETTINGS = (
     "memory: 75%\nmax_context: 256\nbuilder: pacer\nfallback: adaptive\nalpha: 0.02\nprovisional: false\n",
     "# comment\nmemory: 8GB\nthreads: 1\ndraft_threads: 1\nread_threads: 2\nchunk_bytes: 4194304\n",
     "memory: 8GB\nread_limit: 400MB/s\ntarget: nowhere\ndraft: none\nmax_nodes: 0x10\nread_ahead: off\n",
-    "memory: 8GB\nfallback: fixed-depth\ndepth: 3\nbatch: 8\nchildren: 4\nsharpen: no\npiece_bytes: 1048576\n",
+    "memory: 8GB\nfallback: fixed-depth\ndepth: 3\nbatch: 8\nchildren: 4\nsharpen: no\nextent_bytes: 1048576\n",
 )
 
 # ------------------------------------------------------------------------------------------------ spoilt values
@@ -617,7 +617,7 @@ _FIELDS = (
         "threads",
         "read_threads",
         "chunk_bytes",
-        "piece_bytes",
+        "extent_bytes",
     ),
     *("read_limit", "prefill_chunk", "read_ahead", "plain_ray", "[a]", "1", "~", "!!x y", "memory"),
 )

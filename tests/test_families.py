@@ -18,7 +18,7 @@ from llmcad_actors.core.round import PassStats, Verdict
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError, ConfigError
 from llmcad_actors.models.draft import Draft, DraftModel
-from llmcad_actors.models.masks import SLIDING, Windows
+from llmcad_actors.models.masks import SLIDING, SlidingWindows
 from llmcad_actors.plan.prepare import prepare
 from tests.fakes import tokens_to
 from tests.family_cases import CASES, EXPERTS, GROUPED, IDS, LONGROPE, WINDOW, Case
@@ -185,8 +185,8 @@ def with_window(plain: Plain, window: int, text: tuple[int, ...]) -> np.ndarray:
     """Log-probabilities of the next token, had the model that window."""
     positions = np.arange(len(text))
     causal = torch.full((len(text), len(text)), torch.finfo(torch.float32).min).triu_(1)[None, None]
-    by_layer_type = Windows.of(plain.model.config).by_layer_type
-    masks = Windows(window, by_layer_type).masks(causal, positions, positions)
+    by_layer_type = SlidingWindows.of(plain.model.config).by_layer_type
+    masks = SlidingWindows(window, by_layer_type).masks(causal, positions, positions)
     with torch.inference_mode():
         logits = plain.model(torch.tensor([text]), attention_mask=masks).logits[0, -1]
     return np.asarray(logits.log_softmax(-1))
@@ -212,7 +212,7 @@ def test_a_window_counts_positions_not_rows() -> None:
     """Two siblings stand side by side at one position; the window of a node is its depth's."""
     positions = np.array([3, 4, 4, 5])
     mask = torch.zeros(1, 1, 4, 7)
-    masks = Windows(3, by_layer_type=True).masks(mask, positions, np.array([0, 1, 2, *positions]))
+    masks = SlidingWindows(3, by_layer_type=True).masks(mask, positions, np.array([0, 1, 2, *positions]))
     assert isinstance(masks, dict)
     seen = masks[SLIDING][0, 0] == 0
     assert [row.tolist() for row in seen.int()] == [

@@ -24,7 +24,7 @@ def test_every_combination_is_run_once() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--threads", "1,two"], "--threads: 'two' is not a number"), (["--piece", "1XB"], "1XB")],
+    [(["--threads", "1,two"], "--threads: 'two' is not a number"), (["--extent", "1XB"], "1XB")],
 )
 def test_a_wrong_option_is_said_in_a_line(arguments: list[str], said: str) -> None:
     done = subprocess.run(
@@ -39,7 +39,7 @@ def test_a_wrong_option_is_said_in_a_line(arguments: list[str], said: str) -> No
 
 def test_both_rates_are_measured_and_drawn(tmp_path: Path) -> None:
     cap = job(bundled_target(), None, extra_bytes=0).memory.cap_bytes
-    settings = {"target": "bundled", "memory": str(cap), "piece_bytes": 1 << 20, "read_limit": "200MB/s"}
+    settings = {"target": "bundled", "memory": str(cap), "extent_bytes": 1 << 20, "read_limit": "200MB/s"}
     runs, line = bench(settings, runs=1, passes=2)
     assert runs[0].raw > 0 and runs[0].llmcad > 0
     assert line["ratio"]["median"] == runs[0].ratio

@@ -116,7 +116,7 @@ class Coordinator:
 
     async def trace(self, goes_on: bool) -> bytes:
         """What was recorded since the last call; recording goes on, or stops."""
-        return pack(self._recorder.drain(keep_on=goes_on))
+        return pack(self._recorder.drain(goes_on=goes_on))
 
     async def _run(self, request: Request, emit: Callable[[Event], None]) -> None:
         drafter = self._drafter if request.speculate else None

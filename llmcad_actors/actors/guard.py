@@ -21,7 +21,7 @@ class Guard:
         """`sizes`: bytes of the pinned shards; `free`: looks at the machine, or its cgroup."""
         self._verifier = verifier
         self._policy = Shedding.of(sorted(sizes, reverse=True))
-        self._held = self._policy.kept
+        self._held_now = self._policy.held
         self._passes = 0
         self._cap = cap_bytes
         self._free = free
@@ -32,18 +32,18 @@ class Guard:
         """One sample: what llmcad uses now. Returns whether shards are still on their way out."""
         if self._is_carried_out():
             self._decide(used_bytes)
-        return self._policy.kept < self._held
+        return self._policy.held < self._held_now
 
     def _decide(self, used_bytes: int) -> None:
         machine = self._free()
         sample = MemorySample(used_bytes, self._cap, machine.free_bytes, machine.limit_bytes)
         before = self._policy
-        if sample.room < 0 or self._held == before.kept:  # what is to come back has come
+        if sample.room < 0 or self._held_now == before.held:  # what is to come back has come
             self._policy = before.after(sample, self._passes)
-        self.num_shed += max(0, before.kept - self._policy.kept)
-        if self._policy.kept != before.kept or self._held < len(before.sizes):
+        self.num_shed += max(0, before.held - self._policy.held)
+        if self._policy.held != before.held or self._held_now < len(before.sizes):
             with suppress(LlmcadError):  # the engine is being closed
-                self._order = self._verifier.hold.remote(self._policy.kept)
+                self._order = self._verifier.hold.remote(self._policy.held)
 
     def _is_carried_out(self) -> bool:
         if self._order is None:
@@ -52,7 +52,7 @@ class Guard:
             if not self._order.is_done():
                 return False
             order, self._order = self._order, None
-            self._held, self._passes = fetch(order, ORDER_TIMEOUT_S, "giving up pinned shards")
+            self._held_now, self._passes = fetch(order, ORDER_TIMEOUT_S, "giving up pinned shards")
         except LlmcadError:  # a dead verifier is told of where its passes are waited for
             return False
         return True

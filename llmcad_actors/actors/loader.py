@@ -1,6 +1,6 @@
 """The loader: reads shards from disk ahead of the verifier, in a circle, within its byte budget.
 
-A shard is read in pieces (runs of tensors that lie together in the file), straight into the window: memory that the
+A shard is read in extents (runs of tensors that lie together in the file), straight into the window: memory that the
 verifier shares. It lends shards by name and reads on as leases end, so it never holds more than the window. It
 knows byte ranges only: no torch, no model.
 """
@@ -24,8 +24,8 @@ from llmcad_actors.errors import ActorFailure, DeadlineError, LlmcadError, OverB
 from llmcad_actors.messages import Lease, Place, ReadingProgress, pack, unpack
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.direct import BLOCK
+from llmcad_actors.storage.extents import Extent, extents_of, room_bytes
 from llmcad_actors.storage.layout import ShardSpec, layout_of
-from llmcad_actors.storage.pieces import Piece, pieces_of, room_bytes
 from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader, PendingRead, TokenBucket, span_bytes
 
 READ_TIMEOUT_S = 120.0
@@ -34,16 +34,16 @@ LEND_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """A piece on its way, or there."""
+    """An extent on its way, or there."""
 
-    piece: Piece
+    extent: Extent
     position: int  # in the window
     pending: PendingRead
 
     def places(self) -> Iterator[Place]:
-        start = self.position + self.piece.offset % BLOCK
-        for info in self.piece.tensors:
-            yield info.name, start + info.offset - self.piece.offset, info.nbytes
+        start = self.position + self.extent.offset % BLOCK
+        for info in self.extent.tensors:
+            yield info.name, start + info.offset - self.extent.offset, info.nbytes
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Loader:
         self,
         *,
         window: AlignedBuffer,
-        piece_bytes: int,
+        extent_bytes: int,
         reader: ParallelReader,
         read_ahead: bool = True,
         recorder: Recorder | None = None,
@@ -75,7 +75,7 @@ class Loader:
         self._recorder = recorder or Recorder("loader", time.monotonic)
         self._window = window
         self._ring = Ring(window.size)
-        self._piece_bytes = piece_bytes
+        self._extent_bytes = extent_bytes
         self._reader = reader
         self._state = threading.Condition()
         self._coming: str | None = None  # its reads are being submitted
@@ -155,7 +155,7 @@ class Loader:
         return self._ring.used
 
     def _check_room(self, specs: Sequence[ShardSpec]) -> None:
-        rooms = (room_bytes(spec, self._piece_bytes, alone=not self._read_ahead) for spec in specs)
+        rooms = (room_bytes(spec, self._extent_bytes, alone=not self._read_ahead) for spec in specs)
         needed = max(rooms, default=0)
         if needed > self._window.size:
             raise OverBudgetError(f"a shard that takes {needed} bytes does not fit the window of {self._window.size}")
@@ -187,7 +187,7 @@ class Loader:
             self._leased[shard.lease] = shard
         for read in shard.reads:
             began, ended = read.pending.began, read.pending.ended
-            self._recorder.add("read", began, ended, shard=shard.spec.name, bytes=read.piece.nbytes)
+            self._recorder.add("read", began, ended, shard=shard.spec.name, bytes=read.extent.nbytes)
         return shard
 
     def _wait(self, ready: Callable[[], bool], timeout_s: float) -> bool:
@@ -214,13 +214,13 @@ class Loader:
             self._state.notify_all()
 
     def _feed(self) -> None:
-        """Submit the reads of piece after piece, each when the window has room."""
+        """Submit the reads of extent after extent, each when the window has room."""
         for lease in count():
             shard = _Shard(self._next_spec(), lease)
-            for piece in pieces_of(shard.spec, self._piece_bytes):
-                position = self._take_room(span_bytes(piece.offset, piece.nbytes))
-                pending = self._reader.submit(piece.file, piece.offset, piece.nbytes, self._window, position)
-                shard.reads.append(_Read(piece, position, pending))
+            for extent in extents_of(shard.spec, self._extent_bytes):
+                position = self._take_room(span_bytes(extent.offset, extent.nbytes))
+                pending = self._reader.submit(extent.file, extent.offset, extent.nbytes, self._window, position)
+                shard.reads.append(_Read(extent, position, pending))
             with self._state:
                 self._coming = None
                 self._submitted.append(shard)
@@ -269,7 +269,7 @@ class LoaderActor:
         self._arena = Arena(setup.window_bytes)
         self._loader = Loader(
             window=self._arena.buffer,
-            piece_bytes=setup.piece_bytes,
+            extent_bytes=setup.extent_bytes,
             reader=reader,
             read_ahead=setup.read_ahead,
             recorder=self._recorder,
@@ -292,4 +292,4 @@ class LoaderActor:
 
     def trace(self, goes_on: bool) -> bytes:
         """What was recorded since the last call; recording goes on, or stops."""
-        return pack(self._recorder.drain(keep_on=goes_on))
+        return pack(self._recorder.drain(goes_on=goes_on))

@@ -81,4 +81,4 @@ class VerifierActor:
 
     def trace(self, goes_on: bool) -> bytes:
         """What was recorded since the last call; recording goes on, or stops."""
-        return pack(self._recorder.drain(keep_on=goes_on))
+        return pack(self._recorder.drain(goes_on=goes_on))

@@ -4,7 +4,7 @@
            + window + slack + pinned shards
 
 Target weights come in shards, in the order of the pass. The window holds those under way: the one the verifier
-computes with and the next one being read, so room for the two largest streamed shards, and for a piece of them that
+computes with and the next one being read, so room for the two largest streamed shards, and for an extent of them that
 does not fit behind the others. Pinned shards are loaded through it too, so it takes the largest shard of all. Under a
 cap too small for that, the window holds one shard, and the next is read once it is given back. What is left pins whole
 shards for good: a cyclic scan makes LRU useless, a fixed set saves exactly its bytes every pass.
@@ -49,8 +49,8 @@ class Shard(NamedTuple):
 
     name: str
     nbytes: int
-    room: int  # bytes of the window that it takes: its pieces, each widened to whole blocks
-    piece: int  # the largest of them
+    room: int  # bytes of the window that it takes: its extents, each widened to whole blocks
+    extent: int  # the largest of them
     once: bool = False  # read once a prompt, not in every pass
 
 
@@ -189,7 +189,7 @@ def window_bytes(streamed: Sequence[Shard], shards: Sequence[Shard]) -> int:
     """The window through which `streamed` pass every time, and all `shards` once."""
     largest_two = sorted(shard.room for shard in streamed)[-2:]
     window = max(sum(largest_two), max((shard.room for shard in shards), default=0))
-    return window + max((shard.piece for shard in shards), default=0)
+    return window + max((shard.extent for shard in shards), default=0)
 
 
 def _refusal(least: MemoryPlan) -> str:

@@ -33,17 +33,17 @@ class MemorySample:
 
 @dataclass(frozen=True, slots=True)
 class Shedding:
-    """How many of the pinned shards are kept. `after` is asked only once the last answer has been carried out."""
+    """How many of the pinned shards are held. `after` is asked only once the last answer has been carried out."""
 
-    sizes: tuple[int, ...]  # bytes of the pinned shards; the first are kept longest
-    kept: int
+    sizes: tuple[int, ...]  # bytes of the pinned shards; the first are held longest
+    held: int
     changed_at: int | None = None  # pass from which the wait counts; None: from the next sample
     patience: int = PATIENCE_PASSES  # passes before one is taken back
     has_taken_back: bool = False  # since the last was given up
 
     @classmethod
     def of(cls, sizes: Sequence[int]) -> Self:
-        """All are kept."""
+        """All are held."""
         return cls(tuple(sizes), len(sizes))
 
     def after(self, sample: MemorySample, passes: int) -> Self:
@@ -57,14 +57,14 @@ class Shedding:
         if self.changed_at is None:
             return replace(self, changed_at=passes)
         is_calm = passes - self.changed_at >= self.patience
-        if self.kept < len(self.sizes) and is_calm and sample.room >= 2 * self.sizes[self.kept]:
-            return replace(self, kept=self.kept + 1, changed_at=None, has_taken_back=True)
+        if self.held < len(self.sizes) and is_calm and sample.room >= 2 * self.sizes[self.held]:
+            return replace(self, held=self.held + 1, changed_at=None, has_taken_back=True)
         return self
 
     def _given_up(self, short: int) -> Self:
-        kept = self.kept
-        while kept and short > 0:
-            kept -= 1
-            short -= self.sizes[kept]
+        held = self.held
+        while held and short > 0:
+            held -= 1
+            short -= self.sizes[held]
         patience = min(2 * self.patience, MOST_PATIENCE_PASSES) if self.has_taken_back else self.patience
-        return replace(self, kept=kept, changed_at=None, patience=patience, has_taken_back=False)
+        return replace(self, held=held, changed_at=None, patience=patience, has_taken_back=False)

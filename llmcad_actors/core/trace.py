@@ -50,9 +50,9 @@ class Recorder:
             now = self.now()
             self.add(name, now, now, **data)
 
-    def drain(self, *, keep_on: bool) -> TraceBatch:
+    def drain(self, *, goes_on: bool) -> TraceBatch:
         """Take out what was recorded, and record on or stop. The first call switches on; it finds nothing."""
-        self.is_on = keep_on
+        self.is_on = goes_on
         spans = tuple(self._spans.popleft() for _ in range(len(self._spans)))
         dropped, self._num_dropped = self._num_dropped, 0
         return TraceBatch(self.lane, spans, dropped)

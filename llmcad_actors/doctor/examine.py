@@ -125,8 +125,8 @@ def store_needs(path: Path) -> int:
     """Bytes of the object store for the checkpoint at `path`, or the least that Ray makes."""
     if not (path / "config.json").exists():
         return LEAST_STORE_BYTES
-    piece_bytes = EngineConfig(target=str(path)).piece_bytes
-    shards = [budget_shard(spec, piece_bytes) for spec in layout_of(Checkpoint.open(path)).shards]
+    extent_bytes = EngineConfig(target=str(path)).extent_bytes
+    shards = [budget_shard(spec, extent_bytes) for spec in layout_of(Checkpoint.open(path)).shards]
     return max(window_bytes(shards, shards) + STORE_SLACK_BYTES, LEAST_STORE_BYTES)
 
 
@@ -279,7 +279,7 @@ def check_load(report: Report, replace: bool) -> None:
     measured = [taken for taken in now.values() if taken]
     if measured:
         add_load(report, max(measured, key=lambda taken: taken.busy_cores or 0.0), better)
-    keep_figures(report, better)
+    save_figures(report, better)
 
 
 def add_load(report: Report, taken: Taken, better: Mapping[str, Taken]) -> None:
@@ -296,7 +296,7 @@ def add_load(report: Report, taken: Taken, better: Mapping[str, Taken]) -> None:
     report.add("other programs", WARNING if taken.is_busy else OK, found, advice)
 
 
-def keep_figures(report: Report, better: Collection[str] = ()) -> None:
+def save_figures(report: Report, better: Collection[str] = ()) -> None:
     """Those that are not among the `better` ones. Where they cannot be stored llmcad runs as well: a warning."""
     disk = None if "disk" in better else report.disk
     compute = None if "cores" in better else report.compute

@@ -45,7 +45,7 @@ _T5 = Family(
     head_dim_default=64,
     hidden_keys=("d_model",),
     context_default=32768,  # positions are relative: no text is too long
-    keeps_scores=True,
+    holds_scores=True,
     refused=_WHOLE,
 )
 _BART = Family(

@@ -107,13 +107,13 @@ _GPT2 = Family(
 
 FAMILIES = (
     _LLAMA,
-    replace(_LLAMA, model_types=("mistral",), windows="all", layer_shapes=_llama_layer),
-    replace(_LLAMA, model_types=("qwen2",), windows="by_layer_type", layer_shapes=_qwen2),
-    replace(_LLAMA, model_types=("qwen3",), windows="by_layer_type", layer_shapes=_qwen3, head_dim_default=128),
-    replace(_LLAMA, model_types=("smollm3",), windows="by_layer_type", is_tied_by_default=True),
+    replace(_LLAMA, model_types=("mistral",), sliding_windows="all", layer_shapes=_llama_layer),
+    replace(_LLAMA, model_types=("qwen2",), sliding_windows="by_layer_type", layer_shapes=_qwen2),
+    replace(_LLAMA, model_types=("qwen3",), sliding_windows="by_layer_type", layer_shapes=_qwen3, head_dim_default=128),
+    replace(_LLAMA, model_types=("smollm3",), sliding_windows="by_layer_type", is_tied_by_default=True),
     replace(_LLAMA, model_types=("olmo2",), layer_shapes=None),
-    replace(_LLAMA, model_types=("olmo3",), layer_shapes=None, windows="by_layer_type"),
-    replace(_LLAMA, model_types=("phi3",), layer_shapes=None, windows="all", context_default=4096),
+    replace(_LLAMA, model_types=("olmo3",), layer_shapes=None, sliding_windows="by_layer_type"),
+    replace(_LLAMA, model_types=("phi3",), layer_shapes=None, sliding_windows="all", context_default=4096),
     replace(_LLAMA, model_types=("stablelm",), layer_shapes=None, resident=("model.norm.weight", "model.norm.bias")),
     replace(
         _LLAMA,
@@ -125,20 +125,22 @@ FAMILIES = (
     replace(
         _GEMMA,
         model_types=("gemma2",),
-        windows="by_layer_type",
+        sliding_windows="by_layer_type",
         softcap_key="final_logit_softcapping",
-        keeps_scores=True,
+        holds_scores=True,
     ),
-    replace(_GEMMA, model_types=("gemma3_text",), windows="by_layer_type", softcap_key="final_logit_softcapping"),
+    replace(
+        _GEMMA, model_types=("gemma3_text",), sliding_windows="by_layer_type", softcap_key="final_logit_softcapping"
+    ),
     replace(
         _EXPERTS,
         model_types=("mixtral",),
-        windows="all",
+        sliding_windows="all",
         experts={"gate_up_proj": ("w1.weight", "w3.weight"), "down_proj": ("w2.weight",)},
         block=("block_sparse_moe.", "mlp."),
     ),
-    replace(_EXPERTS, model_types=("qwen2_moe",), windows="by_layer_type", refused=_ALIKE),
-    replace(_EXPERTS, model_types=("qwen3_moe",), windows="all", refused=_ALIKE),
+    replace(_EXPERTS, model_types=("qwen2_moe",), sliding_windows="by_layer_type", refused=_ALIKE),
+    replace(_EXPERTS, model_types=("qwen3_moe",), sliding_windows="all", refused=_ALIKE),
     _GPT2,
     replace(
         _GPT2,
@@ -146,7 +148,7 @@ FAMILIES = (
         resident=("transformer.ln_f.weight", "transformer.ln_f.bias"),
         is_tied_by_default=False,
         context_default=2048,
-        keeps_scores=True,
+        holds_scores=True,
     ),
     Family(
         model_types=("falcon",),

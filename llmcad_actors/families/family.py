@@ -52,9 +52,9 @@ class Family:
     hidden_keys: tuple[str, ...] = ("hidden_size",)  # width of embedding and head: the first key present
     context_key: str = "max_position_embeddings"
     context_default: int = 2048
-    windows: Literal["none", "all", "by_layer_type"] = "none"  # which layers a sliding window holds for
+    sliding_windows: Literal["none", "all", "by_layer_type"] = "none"  # which layers a sliding window holds for
     softcap_key: str | None = None  # the head's logits are cap * tanh(logits / cap)
-    keeps_scores: bool = False  # attention scores of all heads stand in memory at once
+    holds_scores: bool = False  # attention scores of all heads stand in memory at once
     refused: tuple[tuple[str, object, str], ...] = ()  # (config key, the value that is run, what others mean)
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # joined parameter -> an expert's tensors
     block: tuple[str, str] | None = None  # what the file calls the experts' module, and what the model does

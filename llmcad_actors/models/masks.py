@@ -19,16 +19,16 @@ Masks = torch.Tensor | dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Windows:
+class SlidingWindows:
     """The sliding windows of a model."""
 
     window: int | None  # positions that a row sees, its own included; None: all
     by_layer_type: bool  # the model takes a mask for each layer type
 
     @classmethod
-    def of(cls, config: Any) -> "Windows":
+    def of(cls, config: Any) -> "SlidingWindows":
         """From transformers' config object. Raises CheckpointError for layer types that are not attention."""
-        kind = family_of(config.to_dict()).windows
+        kind = family_of(config.to_dict()).sliding_windows
         if kind == "none":
             return cls(None, by_layer_type=False)
         window = getattr(config, "sliding_window", None) or None

@@ -14,7 +14,7 @@ from llmcad_actors.families.families import family_of
 from llmcad_actors.families.generation_rules import start_token
 from llmcad_actors.models.chunks import BuildMask
 from llmcad_actors.models.kv_cache import TreeCache
-from llmcad_actors.models.masks import Windows
+from llmcad_actors.models.masks import SlidingWindows
 from llmcad_actors.models.tree_positions import TreePositions
 
 __all__ = ["DecoderOnly", "EncoderDecoder", "Stack", "stack_of", "start_token"]
@@ -50,7 +50,7 @@ class DecoderOnly:
 
     def __init__(self, model: Any) -> None:
         self._base = model.base_model
-        self._windows = Windows.of(model.config)
+        self._windows = SlidingWindows.of(model.config)
 
     def begin(self, prompt: Sequence[int]) -> tuple[int, ...]:
         return tuple(prompt)

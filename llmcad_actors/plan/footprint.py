@@ -11,8 +11,8 @@ from llmcad_actors.families.generation_rules import active_rules
 from llmcad_actors.machine import versions
 from llmcad_actors.machine.processor import has_bfloat16
 from llmcad_actors.storage.checkpoint import Checkpoint
+from llmcad_actors.storage.extents import extents_of
 from llmcad_actors.storage.layout import Layout, ShardSpec, layout_of
-from llmcad_actors.storage.pieces import pieces_of
 from llmcad_actors.storage.reader import span_bytes
 from llmcad_actors.text.tokenizer_child import tokenizer_memory
 
@@ -62,7 +62,7 @@ def budget_inputs(
             + logits_bytes(target, layout, config.max_nodes, width),
         )
         + (0 if draft is None else draft_activation_bytes(draft, config, context)),
-        shards=tuple(budget_shard(spec, config.piece_bytes, spec in layout.encoder) for spec in layout.shards),
+        shards=tuple(budget_shard(spec, config.extent_bytes, spec in layout.encoder) for spec in layout.shards),
     )
 
 
@@ -81,9 +81,9 @@ def tokenizer_bytes(target: Checkpoint, overhead: int) -> int:
     return max(takes.stays, CALLER + takes.peak - overhead)
 
 
-def budget_shard(spec: ShardSpec, piece_bytes: int, once: bool = False) -> Shard:
+def budget_shard(spec: ShardSpec, extent_bytes: int, once: bool = False) -> Shard:
     """A shard as the budget sees it. once: only a prompt's first pass reads it."""
-    spans = [span_bytes(piece.offset, piece.nbytes) for piece in pieces_of(spec, piece_bytes)]
+    spans = [span_bytes(extent.offset, extent.nbytes) for extent in extents_of(spec, extent_bytes)]
     return Shard(spec.name, spec.nbytes, sum(spans), max(spans), once)
 
 
@@ -125,7 +125,7 @@ def encoder_bytes(layout: Layout, config: Mapping[str, Any], prompt: int, width:
         return 0
     widest = max(max(tensor.shape, default=1) for tensor in layout.encoder[0].tensors)
     states = prompt * (4 * layout.embedding.shape[1] + 3 * widest) * width
-    if layout.family.keeps_scores:
+    if layout.family.holds_scores:
         states += prompt * prompt * (layout.family.num_heads(config) * 2 * width + 4 * 8)
     return states
 
@@ -147,8 +147,8 @@ def activation_bytes(
     states = chunk * (4 * hidden + 3 * widest) * width + chunk * widest * PACKED_BYTES
     if family.experts:  # the joined tensors of one
         states += 2 * max(tensor.nbytes for tensor in prepared.layers[0].tensors)
-    states += chunk * rows * (width + 3) * (1 if family.windows == "none" else 2)
-    if family.keeps_scores:
+    states += chunk * rows * (width + 3) * (1 if family.sliding_windows == "none" else 2)
+    if family.holds_scores:
         states += family.num_heads(config) * chunk * rows * (4 + 2 * width)
     slice_ = max(spec.tensors[0].shape[0] for spec in prepared.head)
     return carried + max(states, part_of_logits_bytes(nodes + 1, slice_, width))

@@ -42,7 +42,7 @@ def loader_spec(job: Prepared) -> LoaderSpec:
         path=str(job.target.path),
         pinned=job.memory.pinned,
         window_bytes=job.memory.window_bytes,
-        piece_bytes=job.config.piece_bytes,
+        extent_bytes=job.config.extent_bytes,
         chunk_bytes=chunk_bytes,
         threads=threads,
         rate_limit=limit,

@@ -61,10 +61,10 @@ class Noise:
 
     def take(self, shape: tuple[int, ...], dtype: str) -> Stored:
         """The next values, stored as `dtype`."""
-        kind, keep, exponent = _NOISE[dtype]
+        kind, mask, exponent = _NOISE[dtype]
         count = int(np.prod(shape))
         words = -(-count * np.dtype(kind).itemsize // 8)
         bits = np.asarray(self._bits.random_raw(words)).view(kind)[:count]
-        bits &= kind(keep)
+        bits &= kind(mask)
         bits |= kind(exponent)
         return bits.view(STORAGE[dtype]).reshape(shape)

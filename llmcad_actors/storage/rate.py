@@ -9,7 +9,7 @@ class TokenBucket:
     """Lets `rate_bytes_per_s` through, shared by threads; idle time earns at most 50 ms of credit.
 
     Each taker books the next stretch of the timeline and sleeps until its stretch has passed, so the total is
-    exact whatever the number of threads and the size of the pieces.
+    exact whatever the number of threads and the size of the extents.
     """
 
     BURST_S = 0.05

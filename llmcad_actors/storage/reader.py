@@ -1,10 +1,10 @@
 """Large reads by several threads, kept busy across the borders of what is asked.
 
-    pending = [reader.submit(file, offset, nbytes, buffer) ...]     pieces k, k + 1, ...
-    bytes_k = pending[0].wait(timeout_s)                            while piece k + 1 is already being read
+    pending = [reader.submit(file, offset, nbytes, buffer) ...]     extents k, k + 1, ...
+    bytes_k = pending[0].wait(timeout_s)                            while extent k + 1 is already being read
 
-Pieces are cut into aligned chunks, and the threads take chunks in the order submitted: the disk sees
-`threads` reads at any time until the queue runs dry, wherever one piece ends and the next begins.
+Extents are cut into aligned chunks, and the threads take chunks in the order submitted: the disk sees
+`threads` reads at any time until the queue runs dry, wherever one extent ends and the next begins.
 """
 
 import queue

@@ -41,10 +41,10 @@ def good_draft(folder: Path) -> Prepared:
 
 
 def random_target(folder: Path) -> Prepared:
-    """Random models, all of the target streamed from several files, in many pieces; the draft is never right."""
+    """Random models, all of the target streamed from several files, in many extents; the draft is never right."""
     target = with_template(tiny_llama(folder / "target", seed=1, max_file="100KB"), TEMPLATE)
     draft = tiny_llama(folder / "draft", seed=2, vocab=300, layers=1)
-    return job(target, draft, max_nodes=6, piece_bytes=60_000, overlaps=False)
+    return job(target, draft, max_nodes=6, extent_bytes=60_000, overlaps=False)
 
 
 def no_draft(folder: Path) -> Prepared:
@@ -57,7 +57,7 @@ def slow(folder: Path) -> Prepared:
     """A random target that takes seconds a pass."""
     target = tiny_llama(folder / "target", seed=4)
     draft = tiny_llama(folder / "draft", seed=5, layers=1)
-    return job(target, draft, max_nodes=8, chunk_bytes=4096, piece_bytes=20_000, read_limit="500KB/s")
+    return job(target, draft, max_nodes=8, chunk_bytes=4096, extent_bytes=20_000, read_limit="500KB/s")
 
 
 def processes_of(name: str) -> list[psutil.Process]:

@@ -16,14 +16,14 @@ from llmcad_actors.actors.loader import Loader
 from llmcad_actors.errors import ActorFailure, DeadlineError, OverBudgetError, StorageError
 from llmcad_actors.messages import Lease
 from llmcad_actors.storage.checkpoint import Checkpoint
+from llmcad_actors.storage.extents import extents_of
 from llmcad_actors.storage.layout import Layout, ShardSpec, layout_of
-from llmcad_actors.storage.pieces import pieces_of
 from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader, read_bytes, span_bytes
 from tests.storage.checkpoints import LLAMA, llama_shapes, write_checkpoint
 
 SOON_S = 60.0  # long enough on any machine; nothing waits for it to pass
 NEVER_S = 0.05  # for what cannot come
-PIECE_BYTES = 2000
+EXTENT_BYTES = 2000
 CONFIG = LLAMA | {"num_hidden_layers": 5}
 
 
@@ -36,17 +36,17 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
 
 def room_of(spec: ShardSpec) -> int:
     """Bytes of the window that a shard takes."""
-    return sum(span_bytes(piece.offset, piece.nbytes) for piece in pieces_of(spec, PIECE_BYTES))
+    return sum(span_bytes(extent.offset, extent.nbytes) for extent in extents_of(spec, EXTENT_BYTES))
 
 
 @contextmanager
 def loading(
     prelude: tuple[ShardSpec, ...], circle: tuple[ShardSpec, ...], *, shards: float, encoder: tuple[ShardSpec, ...] = ()
 ) -> Iterator[tuple[Loader, AlignedBuffer]]:
-    """A loader whose window has room for so many of the largest shards, wherever their pieces begin."""
+    """A loader whose window has room for so many of the largest shards, wherever their extents begin."""
     specs = (*prelude, *encoder, *circle)
-    window = AlignedBuffer(int(shards * max(room_of(spec) for spec in specs)) + largest_piece(*specs))
-    loader = Loader(window=window, piece_bytes=PIECE_BYTES, reader=ParallelReader(threads=2, chunk_bytes=4096))
+    window = AlignedBuffer(int(shards * max(room_of(spec) for spec in specs)) + largest_extent(*specs))
+    loader = Loader(window=window, extent_bytes=EXTENT_BYTES, reader=ParallelReader(threads=2, chunk_bytes=4096))
     try:
         loader.start(prelude, circle, encoder=encoder)
         yield loader, window
@@ -54,8 +54,8 @@ def loading(
         loader.close()
 
 
-def largest_piece(*specs: ShardSpec) -> int:
-    return max(span_bytes(p.offset, p.nbytes) for spec in specs for p in pieces_of(spec, PIECE_BYTES))
+def largest_extent(*specs: ShardSpec) -> int:
+    return max(span_bytes(p.offset, p.nbytes) for spec in specs for p in extents_of(spec, EXTENT_BYTES))
 
 
 def is_whole(spec: ShardSpec, lease: Lease, window: AlignedBuffer) -> bool:
@@ -71,11 +71,11 @@ def use(loader: Loader, *specs: ShardSpec) -> None:
         loader.release(loader.lend(spec.name, SOON_S).number)
 
 
-def pieces_read(loader: Loader, *specs: ShardSpec) -> list[str]:
-    """The shards whose pieces are read while these are leased one after the other, and what is read ahead."""
-    loader._recorder.drain(keep_on=True)
+def extents_read(loader: Loader, *specs: ShardSpec) -> list[str]:
+    """The shards whose extents are read while these are leased one after the other, and what is read ahead."""
+    loader._recorder.drain(goes_on=True)
     use(loader, *specs)
-    found = [data["shard"] for event, _, _, data in loader._recorder.drain(keep_on=True).spans if event == "read"]
+    found = [data["shard"] for event, _, _, data in loader._recorder.drain(goes_on=True).spans if event == "read"]
     return [name for name, _ in itertools.groupby(found)]
 
 
@@ -97,7 +97,7 @@ def test_what_is_asked_for_in_order_is_read_once(layout: Layout) -> None:
     encoder, circle = layout.layers[:2], layout.layers[2:]
     with loading((), circle, shards=2, encoder=encoder) as (loader, _):
         order = (*encoder, *circle, *circle, *circle)
-        assert pieces_read(loader, *order) == names_of(*order)
+        assert extents_read(loader, *order) == names_of(*order)
 
 
 def test_it_turns_to_whatever_is_asked_for_and_reads_on_from_there(layout: Layout) -> None:
@@ -106,13 +106,13 @@ def test_it_turns_to_whatever_is_asked_for_and_reads_on_from_there(layout: Layou
     with loading((), circle, shards=1, encoder=encoder) as (loader, _):
         use(loader, *encoder, *circle, circle[0])
         again = (*encoder, *circle)
-        read = pieces_read(loader, *again)
+        read = extents_read(loader, *again)
         stale = read.index("layer.0")
         assert stale <= 2  # the one that the window held, and the one being put into it
         assert read[stale:] == names_of(*again)
         use(loader, circle[0])
         again = (circle[0], circle[1])
-        read = pieces_read(loader, *again)
+        read = extents_read(loader, *again)
         assert read[-2:] == names_of(*again)
         assert len(read) <= 4
 
@@ -175,7 +175,7 @@ def test_what_is_streamed_may_change_at_any_time_and_any_of_it_may_be_asked_for(
 
 
 def test_shards_of_the_prelude_are_streamed_when_that_is_wanted(layout: Layout) -> None:
-    loader = Loader(window=AlignedBuffer(1 << 20), piece_bytes=PIECE_BYTES, reader=ParallelReader())
+    loader = Loader(window=AlignedBuffer(1 << 20), extent_bytes=EXTENT_BYTES, reader=ParallelReader())
     loader.start(layout.layers, layout.layers, streamed=())
     use(loader, *layout.layers)
     loader.stream(names_of(*layout.layers[3:]))
@@ -213,7 +213,7 @@ def test_it_reads_ahead_until_the_window_is_full(layout: Layout) -> None:
 
 
 def test_a_shard_larger_than_the_window_is_refused(layout: Layout) -> None:
-    loader = Loader(window=AlignedBuffer(4096), piece_bytes=PIECE_BYTES, reader=ParallelReader())
+    loader = Loader(window=AlignedBuffer(4096), extent_bytes=EXTENT_BYTES, reader=ParallelReader())
     with pytest.raises(OverBudgetError, match="does not fit the window of 4096"):
         loader.start((), layout.layers)
     loader.close()

@@ -12,13 +12,13 @@ from llmcad_actors.core.trace import Recorder
 from llmcad_actors.errors import DeadlineError, OverBudgetError
 from llmcad_actors.plan.footprint import budget_shard
 from llmcad_actors.storage.checkpoint import Checkpoint
+from llmcad_actors.storage.extents import extents_of
 from llmcad_actors.storage.layout import Layout, layout_of
-from llmcad_actors.storage.pieces import pieces_of
 from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader
 from tests.tiny import tiny_llama
 
 TIMEOUT_S = 60.0
-PIECE_BYTES = 8192
+EXTENT_BYTES = 8192
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
 def loader_for(layout: Layout, recorder: Recorder, *, read_ahead: bool, window_bytes: int | None = None) -> Loader:
     loader = Loader(
         window=AlignedBuffer(window_bytes or 2 * layout.streamed_bytes),
-        piece_bytes=PIECE_BYTES,
+        extent_bytes=EXTENT_BYTES,
         reader=ParallelReader(2),
         read_ahead=read_ahead,
         recorder=recorder,
@@ -67,36 +67,36 @@ def test_nothing_is_read_while_a_shard_is_in_use(loader: Loader, layout: Layout)
 
 
 def test_shards_are_read_in_whatever_order_they_are_asked_for(loader: Loader, layout: Layout) -> None:
-    loader._recorder.drain(keep_on=True)
+    loader._recorder.drain(goes_on=True)
     order = [spec.name for spec in (*layout.shards, *layout.shards[::-1], layout.shards[0])]
     for name in order:
         lease = loader.lend(name, TIMEOUT_S)
         assert lease.places
         loader.release(lease.number)
     assert loader.held_bytes == 0
-    read = [data["shard"] for event, _, _, data in loader._recorder.drain(keep_on=False).spans if event == "read"]
+    read = [data["shard"] for event, _, _, data in loader._recorder.drain(goes_on=False).spans if event == "read"]
     twice = layout.shards[-1].name  # the last of the first round begins the second
     assert [name for name, _ in itertools.groupby(read)] == [n for n, _ in itertools.groupby(order)]
-    assert read.count(twice) == 2 * len(pieces_of(layout.shards[-1], PIECE_BYTES))
+    assert read.count(twice) == 2 * len(extents_of(layout.shards[-1], EXTENT_BYTES))
 
 
 def test_every_read_is_recorded(layout: Layout) -> None:
     ticks = iter(range(10**6))
     recorder = Recorder("loader", lambda: float(next(ticks)))
-    recorder.drain(keep_on=True)
+    recorder.drain(goes_on=True)
     loader = loader_for(layout, recorder, read_ahead=False)
     name = layout.shards[0].name
     loader.release(loader.lend(name, TIMEOUT_S).number)
     loader.close()
-    spans = recorder.drain(keep_on=False).spans
+    spans = recorder.drain(goes_on=False).spans
     found = [data for event, _, _, data in spans if event == "read"]
-    assert len(found) == len(pieces_of(layout.shards[0], 8192)) > 1
+    assert len(found) == len(extents_of(layout.shards[0], 8192)) > 1
     assert {data["shard"] for data in found} == {name}
     assert sum(data["bytes"] for data in found) >= layout.shards[0].nbytes
 
 
 def test_without_it_a_window_of_the_largest_shard_is_enough_and_with_it_is_not(layout: Layout) -> None:
-    window_bytes = max(budget_shard(spec, PIECE_BYTES).room for spec in layout.shards)
+    window_bytes = max(budget_shard(spec, EXTENT_BYTES).room for spec in layout.shards)
     loader = loader_for(layout, Recorder("loader", float), read_ahead=False, window_bytes=window_bytes)
     try:
         for spec in layout.shards * 3:

@@ -19,12 +19,12 @@ from llmcad_actors.actors.shards import LeasedShards
 from llmcad_actors.core.trace import Recorder
 from llmcad_actors.errors import ActorFailure
 from llmcad_actors.storage.checkpoint import Checkpoint
+from llmcad_actors.storage.extents import room_bytes
 from llmcad_actors.storage.layout import Layout, ShardSpec, layout_of
-from llmcad_actors.storage.pieces import room_bytes
 from llmcad_actors.storage.reader import AlignedBuffer, ParallelReader, read_bytes
 from tests.storage.checkpoints import LLAMA, llama_shapes, write_checkpoint
 
-PIECE_BYTES = 2000
+EXTENT_BYTES = 2000
 CONFIG = LLAMA | {"num_hidden_layers": 6}
 SOON_S = 60.0
 ENCODER = 2  # of the layers, the first play an encoder's part
@@ -43,12 +43,12 @@ class Pair:
     ) -> None:
         self.layers = layers
         self.recorder = Recorder("loader", time.monotonic)
-        self.recorder.drain(keep_on=True)
-        room = max(room_bytes(spec, PIECE_BYTES, alone=False) for spec in layers)
+        self.recorder.drain(goes_on=True)
+        room = max(room_bytes(spec, EXTENT_BYTES, alone=False) for spec in layers)
         window = AlignedBuffer(int(shards * room))
         self.loader = Loader(
             window=window,
-            piece_bytes=PIECE_BYTES,
+            extent_bytes=EXTENT_BYTES,
             reader=ParallelReader(threads=2, chunk_bytes=4096),
             read_ahead=read_ahead,
             recorder=self.recorder,
@@ -70,7 +70,7 @@ class Pair:
 
     def read(self) -> list[str]:
         """The shards that have been read since the last call, without those still read ahead."""
-        spans = self.recorder.drain(keep_on=True).spans
+        spans = self.recorder.drain(goes_on=True).spans
         found = [data["shard"] for event, _, _, data in spans if event == "read"]
         return [name for name, _ in itertools.groupby(found)]
 

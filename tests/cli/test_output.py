@@ -330,7 +330,7 @@ class Run:
 
 def test_an_actor_that_dies_in_the_middle_costs_no_accepted_text(tmp_path: Path) -> None:
     settings = slow(tmp_path).config
-    names = ("target", "draft", "memory", "max_nodes", "chunk_bytes", "piece_bytes", "read_limit")
+    names = ("target", "draft", "memory", "max_nodes", "chunk_bytes", "extent_bytes", "read_limit")
     file, out = tmp_path / "settings.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump({name: getattr(settings, name) for name in names}))
     command = (*LLMCAD, "generate", "--config", str(file), "--json", "--max-new-tokens", "400", PROMPT)

@@ -81,7 +81,7 @@ def test_every_shard_is_pinned_or_streamed_and_the_window_holds_any_two_streamed
     assert split.pinned_bytes == sum(size[name] for name in split.pinned)
     assert split.bytes_per_pass == sum(size[name] for name in split.streamed)
     two = sum(sorted(room[name] for name in split.streamed)[-2:])
-    assert split.window_bytes == max(two, max(room.values())) + max(shard.piece for shard in inputs.shards)
+    assert split.window_bytes == max(two, max(room.values())) + max(shard.extent for shard in inputs.shards)
     assert split.store_bytes == split.window_bytes + split.slack_bytes
     assert split.store_bytes >= LEAST_STORE_BYTES and split.slack_bytes >= STORE_SLACK_BYTES
 
@@ -101,8 +101,8 @@ def test_below_that_the_window_holds_one_shard_and_everything_streams(inputs: Bu
 def test_everything_is_pinned_when_everything_fits(inputs: BudgetInputs) -> None:
     split = plan(inputs, 10**12)
     assert split.streamed == () and split.bytes_per_pass == 0
-    largest, piece = max(s.room for s in inputs.shards), max(s.piece for s in inputs.shards)
-    assert split.window_bytes == largest + piece  # to load them through
+    largest, extent = max(s.room for s in inputs.shards), max(s.extent for s in inputs.shards)
+    assert split.window_bytes == largest + extent  # to load them through
 
 
 def test_each_part_is_what_was_said() -> None:

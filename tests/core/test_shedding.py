@@ -22,18 +22,18 @@ def sample(room: int) -> MemorySample:
     return MemorySample(used=4 * GB - 4 * GB // 128 - room, cap=4 * GB, free=100 * GB, limit=100 * GB)
 
 
-@given(sizes=sizes, kept=st.integers(0, 12), sample=samples, passes=st.integers(0, 100))
+@given(sizes=sizes, held=st.integers(0, 12), sample=samples, passes=st.integers(0, 100))
 def test_what_is_given_up_is_enough_and_no_shard_more(
-    sizes: tuple[int, ...], kept: int, sample: MemorySample, passes: int
+    sizes: tuple[int, ...], held: int, sample: MemorySample, passes: int
 ) -> None:
-    before = Shedding(sizes, min(kept, len(sizes)))
+    before = Shedding(sizes, min(held, len(sizes)))
     after = before.after(sample, passes)
-    freed = sum(sizes[after.kept : before.kept])
+    freed = sum(sizes[after.held : before.held])
     if sample.room < 0:
-        assert after.kept == 0 or freed >= -sample.room
-        assert after.kept == before.kept or freed - sizes[after.kept] < -sample.room
+        assert after.held == 0 or freed >= -sample.room
+        assert after.held == before.held or freed - sizes[after.held] < -sample.room
     else:
-        assert before.kept <= after.kept <= min(before.kept + 1, len(sizes))
+        assert before.held <= after.held <= min(before.held + 1, len(sizes))
 
 
 @given(sizes=sizes, rooms=st.lists(st.integers(-600 * MB, 1500 * MB), max_size=60))
@@ -41,10 +41,10 @@ def test_nothing_is_taken_back_soon_or_without_room_for_two(sizes: tuple[int, ..
     state, changed = Shedding.of(sizes), 0
     for passes, room in enumerate(rooms):
         successor = state.after(sample(room), passes)
-        if successor.kept > state.kept:
+        if successor.held > state.held:
             assert passes - changed >= PATIENCE_PASSES
-            assert room >= 2 * sizes[state.kept]
-        if room < 0 or successor.kept != state.kept:
+            assert room >= 2 * sizes[state.held]
+        if room < 0 or successor.held != state.held:
             changed = passes
         state = successor
 
@@ -52,20 +52,20 @@ def test_nothing_is_taken_back_soon_or_without_room_for_two(sizes: tuple[int, ..
 @given(sizes=sizes, outside=st.integers(0, 8 * GB))
 def test_a_constant_shortage_ends_at_rest(sizes: tuple[int, ...], outside: int) -> None:
     """What others take stays; after the first answer nothing is given up again, whatever is taken back."""
-    state, kept = Shedding.of(sizes), []
+    state, held = Shedding.of(sizes), []
     for passes in range(300):
-        used = GB + sum(sizes[: state.kept])
+        used = GB + sum(sizes[: state.held])
         state = state.after(MemorySample(used, 16 * GB, 8 * GB - outside - used, 8 * GB), passes)
-        kept.append(state.kept)
-    assert kept == sorted(kept)
-    assert len(set(kept[-100:])) == 1
+        held.append(state.held)
+    assert held == sorted(held)
+    assert len(set(held[-100:])) == 1
 
 
 def test_room_that_comes_and_goes_is_waited_for_longer_each_time() -> None:
     state, waits, shed_at, passes = Shedding.of((100 * MB,)), [], 0, 0
     for _ in range(7):
         state, shed_at = state.after(sample(-MB), passes), passes
-        while not state.kept:
+        while not state.held:
             passes += 1
             state = state.after(sample(200 * MB), passes)
         waits.append(passes - shed_at)

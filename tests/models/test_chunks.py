@@ -10,7 +10,7 @@ from llmcad_actors.core.rows import PREFIX_ROWS
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.models.chunks import ChunkedMask
 from llmcad_actors.models.draft import DraftModel
-from llmcad_actors.models.masks import SLIDING, Windows
+from llmcad_actors.models.masks import SLIDING, SlidingWindows
 from tests.fakes import chain, random_trees
 from tests.family_cases import CASES, Case
 from tests.models.checkpoints import target_of
@@ -64,7 +64,7 @@ def test_the_chunks_of_a_mask_are_rows_of_the_whole(tmp_path: Path, window: int 
     whole = build(0, rows)[0, 0]
     if window is not None:
         whole = whole.masked_fill(torch.from_numpy(keys[None] <= positions[:, None] - window), hidden)
-    masks = Windows(window, by_layer_type=True).chunked(build, positions, keys)
+    masks = SlidingWindows(window, by_layer_type=True).chunked(build, positions, keys)
     assert isinstance(masks, dict)
     mask = masks[SLIDING]
     assert isinstance(mask, ChunkedMask)

@@ -125,29 +125,29 @@ def test_a_recorder_that_is_off_keeps_nothing() -> None:
     recorder = ticking()
     recorder.add("step", 0.0, nodes=3)
     recorder.mark("verdict")
-    assert recorder.drain(keep_on=False) == TraceBatch("draft", (), 0)
+    assert recorder.drain(goes_on=False) == TraceBatch("draft", (), 0)
 
 
 def test_what_is_drained_is_what_was_recorded_since_the_last_drain() -> None:
     recorder = ticking()
-    recorder.drain(keep_on=True)
+    recorder.drain(goes_on=True)
     recorder.add("step", 0.0, 0.5, nodes=3)
     recorder.mark("verdict", bonus=1)
-    assert recorder.drain(keep_on=True).spans == (("step", 0.0, 0.5, {"nodes": 3}), ("verdict", 0, 0, {"bonus": 1}))
+    assert recorder.drain(goes_on=True).spans == (("step", 0.0, 0.5, {"nodes": 3}), ("verdict", 0, 0, {"bonus": 1}))
     recorder.add("step", 1.0)
-    assert recorder.drain(keep_on=False).spans == (("step", 1.0, 1, {}),)
+    assert recorder.drain(goes_on=False).spans == (("step", 1.0, 1, {}),)
     recorder.add("step", 2.0)
-    assert recorder.drain(keep_on=False).spans == ()
+    assert recorder.drain(goes_on=False).spans == ()
 
 
 def test_a_recorder_is_bounded_and_says_what_it_lost() -> None:
     recorder = ticking()
-    recorder.drain(keep_on=True)
+    recorder.drain(goes_on=True)
     for _ in range(5):
         recorder.mark("step")
-    batch = recorder.drain(keep_on=True)
+    batch = recorder.drain(goes_on=True)
     assert (len(batch.spans), batch.num_dropped) == (3, 2)
-    assert recorder.drain(keep_on=True).num_dropped == 0
+    assert recorder.drain(goes_on=True).num_dropped == 0
 
 
 # The file
