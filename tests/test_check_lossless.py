@@ -163,20 +163,30 @@ def with_twins(path: Path, distance: float) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("dtype", "distance", "is_tie"),
-    [("float32", 0.0, True), ("float32", 2**-10, False), ("bfloat16", 2**-10, True), ("bfloat16", 2**-3, False)],
-)
-def test_a_tie_up_to_rounding_passes_and_is_told(tmp_path: Path, dtype: str, distance: float, is_tie: bool) -> None:
-    """What is rounding depends on the type that is computed in."""
+@pytest.mark.parametrize(("dtype", "distance"), [("float32", 0.0), ("bfloat16", 2**-10)])
+def test_a_tie_up_to_rounding_passes_and_is_told(tmp_path: Path, dtype: str, distance: float) -> None:
     target = with_twins(tiny_llama(tmp_path / "target", seed=6), distance)
     with Engine.start(job(target, tiny_llama(tmp_path / "draft", seed=7, layers=1), dtype=dtype)) as engine:
         result = engine.generate(PROMPTS[0], max_new_tokens=COUNT)
         found = engine.check_lossless(tampered(result, AT, result.token_ids[AT] ^ 1), PROMPTS[0], max_new_tokens=COUNT)
     assert found.difference is not None
     assert found.difference.position <= AT  # in bfloat16 the texts may part before by themselves, at a tie
+    assert found.holds
+    assert "a tie" in str(found)
+    assert found.as_dict()["holds"] is True
+
+
+@pytest.mark.parametrize("logit", [-10.0, 0.75, 3000.0])
+@pytest.mark.parametrize(
+    ("dtype", "distance", "is_tie"),
+    [("float32", 2**-19, True), ("float32", 2**-17, False), ("bfloat16", 2**-5, True), ("bfloat16", 2**-3, False)],
+)
+def test_what_is_a_tie_depends_on_the_type_that_is_computed_in(
+    dtype: str, distance: float, is_tie: bool, logit: float
+) -> None:
+    found = LosslessCheck(4, dtype, Difference(3, (1, 2), ("a", "b"), (logit, logit * (1 - distance))))
     assert found.holds is is_tie
-    assert ("a tie" in str(found)) is is_tie
+    assert ("a tie" in str(found), "must never happen" in str(found)) == (is_tie, not is_tie)
     assert found.as_dict()["holds"] is is_tie
 
 
@@ -217,29 +227,23 @@ def llmcad(pair: Prepared, *options: str) -> Any:
 
 
 def test_the_command_says_that_the_texts_are_the_same(pair: Prepared) -> None:
-    done = llmcad(pair, "--chat")
+    done = llmcad(pair, "--chat", "--stop", "qqqqqq")
     assert done.exit_code == 0, done.stderr
     assert done.stderr.splitlines()[-1] == f"checked: decoded plainly, the text is the same ({COUNT} tokens)"
-    done = llmcad(pair, "--json", "--stop", "qqqqqq")
-    assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout)["lossless"] == {
-        "same": True,
-        "holds": True,
-        "num_tokens": COUNT,
-        "dtype": "float32",
-        "difference": None,
-    }
 
 
-@pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
-def test_the_command_fails_where_they_differ(pair: Prepared, as_json: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_object_of_texts_that_are_the_same() -> None:
+    same = {"same": True, "holds": True, "num_tokens": COUNT, "dtype": "float32", "difference": None}
+    assert LosslessCheck(COUNT, "float32").as_dict() == same
+
+
+def test_the_command_fails_where_they_differ(pair: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_runs, "Engine", Tampering)
-    done = llmcad(pair, "--quiet", *(["--json"] if as_json else []))
+    done = llmcad(pair, "--quiet", "--json")
     assert done.exit_code == 1, done.stderr
     assert f"THE TEXTS DIFFER from token {AT + 1} on: " in done.stderr.splitlines()[-1]
-    if as_json:
-        found = json.loads(done.stdout)["lossless"]
-        assert (found["same"], found["holds"], found["difference"]["position"]) == (False, False, AT)
+    found = json.loads(done.stdout)["lossless"]
+    assert (found["same"], found["holds"], found["difference"]["position"]) == (False, False, AT)
 
 
 def test_without_a_draft_there_is_nothing_to_compare(pair: Prepared) -> None:

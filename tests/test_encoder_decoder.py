@@ -98,9 +98,10 @@ def test_streamed_the_output_is_greedy_generation_with_a_draft_of_the_family(
 def test_so_it_is_with_a_random_draft_of_the_family(saved: Saved, streaming: Streaming, name: str) -> None:
     path = saved.target(name)
     engine = streaming.local(path, saved.random(name), max_nodes=3, fallback="fixed-tree", widths=(3,), max_context=128)
-    for text in TEXTS:
-        ids = encode(path, text)
-        assert engine.generate(ids, COUNT, provisional=False)[0] == greedy(path, ids)
+    ids = encode(path, TEXTS[-1])
+    found, stats = engine.generate(ids, COUNT, provisional=False)
+    assert found == greedy(path, ids)
+    assert stats.verified_nodes > 0
 
 
 @pytest.mark.parametrize(("target", "draft"), [("t5", "mbart"), ("bart", "mt5"), ("t5", None)])

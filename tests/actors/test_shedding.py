@@ -120,14 +120,14 @@ def test_the_guard_gives_up_what_is_short_and_takes_it_back_some_passes_later(en
     look()
     machine = ROOMY
     look()
-    held = guard._held
+    held = guard._held_now
     assert guard.num_shed == len(sizes) - held
     assert sum(sorted(sizes, reverse=True)[held:]) >= 1 << 24 > sum(sorted(sizes, reverse=True)[held + 1 :])
     counts = [held]
     while counts[-1] < len(sizes) and len(counts) < 40:
         engine.generate(PROMPT, max_new_tokens=2)
         look()
-        counts.append(guard._held)
+        counts.append(guard._held_now)
     assert counts == sorted(counts)
     assert counts[-1] == len(sizes)
     assert guard.num_shed == len(sizes) - held
@@ -139,7 +139,7 @@ def test_the_guard_says_whether_it_can_still_help(engine: Engine) -> None:
     guard = Guard(engine._actors.verifier, sizes, cap_bytes=1 << 30, free=lambda: ROOMY)
     assert not guard.look(0)
     assert guard.look(1 << 31)
-    while guard._order is not None and guard._held:
+    while guard._order is not None and guard._held_now:
         ray.wait([guard._order._reference], timeout=WAIT_S)
         helps = guard.look(1 << 31)
     assert not helps
