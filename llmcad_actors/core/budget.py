@@ -39,6 +39,7 @@ __all__ = [
 STORE_SLACK_BYTES = 16 << 20  # of the object store: headers, alignment, gaps between objects
 EMBEDDING_CACHE_BYTES = 8 << 20  # rows of the target's embedding that are kept
 LOGITS_BYTES = 4 << 20  # of float32 logits, in draft and verifier: a large vocabulary is gone through in parts
+PREFIX_ROWS = 256  # of a prompt, that the draft runs at once: what they take stays small however long it is
 LEAST_STORE_BYTES = 80 << 20  # Ray makes none smaller, and in time all of it is touched
 LARGE_CACHE_SHARE = 0.2  # of the least cap: then a shorter context is worth naming
 _MB = 10**6

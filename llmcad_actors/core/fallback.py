@@ -14,7 +14,6 @@ from llmcad_actors.core.costs import Costs
 from llmcad_actors.core.fixed_expansion import SPECINFER_WIDTHS
 from llmcad_actors.core.growth import Growth
 from llmcad_actors.core.provisional import is_worth_it
-from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import ROOT, TokenTree, is_below
 from llmcad_actors.core.worth import Round, Worth
 
@@ -189,24 +188,21 @@ class MarginalThroughput:
     def should_verify(self, growth: Growth, costs: Costs) -> bool:
         if growth.exhausted:
             return True
-        probabilities, free = self.calibration.apply(growth.cumulative), _free_nodes(costs)
-        count = max(_best_count(probabilities, costs), min(free, len(probabilities)))
+        probabilities = self.calibration.apply(growth.cumulative)
+        count = _best_count(probabilities, costs) or min(1, len(probabilities))
         tokens = 1.0 + float(probabilities[:count].sum())
-        submitted = max(count, free)
-        rate = tokens / costs.without_prompt().round_seconds(submitted)
-        nodes = max(count + growth.next_gain / max(growth.best_frontier, _LEAST_CONFIDENCE), free)
-        longer = costs.round_seconds(nodes, costs.draft_step_s) - costs.round_seconds(submitted)
+        rate = tokens / costs.without_prompt().round_seconds(count)
+        nodes = count + growth.next_gain / max(growth.best_frontier, _LEAST_CONFIDENCE)
+        longer = costs.round_seconds(nodes, costs.draft_step_s) - costs.round_seconds(count)
         share = _OWN_SHARE if is_worth_it(costs, count) else 1.0
         return bool(share * self._gain(growth) <= rate * longer)
 
     def choose_nodes(self, cumulative: np.ndarray, costs: Costs) -> int:
-        """Nodes that only fill up a pass's rows cost nothing; none where the tree is next to worthless."""
-        before = costs.pending_rows + 1
-        rows = np.array([padded_rows(before + n) for n in range(len(cumulative) + 1)])
+        """One node at least, but none where the tree is next to worthless."""
         probabilities = self.calibration.apply(cumulative)
-        count = _best_count(probabilities, costs, rows - before) or min(_free_nodes(costs), len(cumulative))
+        count = _best_count(probabilities, costs) or min(1, len(cumulative))
         hoped = 1.0 + _HOPE * float(probabilities[:count].sum())
-        is_worthless = hoped * costs.seconds_without_nodes() < float(costs.round_seconds(rows[count] - before))
+        is_worthless = hoped * costs.seconds_without_nodes() < float(costs.round_seconds(count))
         return 0 if is_worthless else count
 
     def after_round(self, done: Round) -> Self:
@@ -225,19 +221,12 @@ class MarginalThroughput:
         return growth.next_gain * corrected / max(growth.best_frontier, _LEAST_CONFIDENCE)
 
 
-def _free_nodes(costs: Costs) -> int:
-    """Nodes that a pass takes for the price of one: they fill the rows that it runs then."""
-    before = costs.pending_rows + 1
-    return padded_rows(before + 1) - before
-
-
-def _best_count(probabilities: np.ndarray, costs: Costs, charged: np.ndarray | None = None) -> int:
+def _best_count(probabilities: np.ndarray, costs: Costs) -> int:
     """n that maximises (1 + p_1 + ... + p_n) / round(n): CaDDTree's rule.
 
     Written as the n that gains most at the best rate, which is the same, and holds for a prompt's pass too.
-    charged: what n = 0, 1, ... nodes cost, in nodes; by default as many.
     """
     tokens = 1.0 + np.concatenate([[0.0], np.cumsum(probabilities)])
-    nodes = np.arange(len(tokens)) if charged is None else charged
+    nodes = np.arange(len(tokens))
     best_rate = (tokens / costs.without_prompt().round_seconds(nodes)).max()
     return int(np.argmax(tokens - best_rate * costs.round_seconds(nodes)))

@@ -38,7 +38,7 @@ class PassStats:
     seconds: float
     stall_s: float  # waiting for shards
     compute_s: float
-    rows: int  # padding included
+    rows: int  # of prompt, root and tree
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ TRIAL_SHARE = 0.05  # of the time left, that a trial's reading up may take
 PRIOR_ROUNDS = 1.0  # that neither gained nor lost
 MOST_STEP_SHARE = 0.8  # of a plain pass, that a draft step may take
 CLEARLY = 2.5  # times the tokens per second that plain passes are thought to bring, before one was timed: beyond doubt
+MOST_HICCUPS = 8  # so many timed passes in a row were not all disturbed
 LEAST_ROUNDS, ROUNDS_PER_GAIN = 4, 64  # between timed plain passes; more where drafting gains more, which they cost
 _FADING = 0.8  # of earlier drafted rounds, per round
 _NEWEST = 0.2  # weight of a new plain pass at least
@@ -123,5 +124,5 @@ class Worth:
         times_faster = self.tokens * plain_s / max(self.seconds, _LEAST_S)
         if not self.plain_s:
             return times_faster < CLEARLY
-        most = float(LEAST_ROUNDS ** (self.num_plain + 1))  # one measurement may have been a hiccup
+        most = float(LEAST_ROUNDS ** min(self.num_plain + 1, MOST_HICCUPS))  # one measurement may have been a hiccup
         return self.age >= max(float(LEAST_ROUNDS), min(ROUNDS_PER_GAIN * (times_faster - 1), most))

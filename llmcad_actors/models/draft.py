@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
+from llmcad_actors.core.budget import PREFIX_ROWS
 from llmcad_actors.core.costs import Costs
 from llmcad_actors.core.fallback import Policy
 from llmcad_actors.core.growth import TreeBuilder
 from llmcad_actors.core.round import Grown, Submission, Verdict
-from llmcad_actors.core.rows import PREFIX_ROWS
 from llmcad_actors.core.trace import Recorder
 from llmcad_actors.families.families import family_of
 from llmcad_actors.kernels import linear

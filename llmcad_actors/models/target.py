@@ -1,7 +1,7 @@
 """The target: one streamed pass checks a whole token tree.
 
 Rows of a pass are the committed tokens that the cache does not hold yet (the whole prompt at first, then only the
-root), followed by the tree's nodes, padded to a few fixed sizes. The target knows nothing of actors; weights come
+root), followed by the tree's nodes. The target knows nothing of actors; weights come
 from a `ShardSource`.
 """
 
@@ -17,7 +17,6 @@ from transformers import LogitsProcessorList
 
 from llmcad_actors.core.acceptance import Choices, walk
 from llmcad_actors.core.round import PassStats, Verdict
-from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError, LlmcadError
 from llmcad_actors.families.family import Family
@@ -52,7 +51,7 @@ class Target:
         capacity: int,
         prefill_chunk: int = 256,
     ) -> None:
-        """`capacity`: rows of the cache, context plus the padded rows of the largest pass.
+        """`capacity`: rows of the cache, context plus those of the largest tree.
 
         `prefill_chunk`: rows that a layer runs at a time.
         """
@@ -169,7 +168,7 @@ class Target:
         pending = self._tokens[cached:]
         try:
             with self._multiplying():
-                hidden, rows = self._forward(pending, tree)
+                hidden = self._forward(pending, tree)
                 choices = self._choices(hidden[len(pending) - 1 : len(pending) + len(tree)], tree)
                 accepted = walk(tree, choices, self._stop)
             self._checkpoint.check_unchanged()  # nothing comes of a pass that read what was being written
@@ -180,7 +179,7 @@ class Target:
             raise
         self._commit(tree, accepted.path, accepted.bonus, cached, len(pending))
         seconds = time.perf_counter() - started
-        stats = PassStats(seconds, self._stall_s, seconds - self._stall_s, rows)
+        stats = PassStats(seconds, self._stall_s, seconds - self._stall_s, len(hidden))
         return Verdict(accepted.path, accepted.bonus, accepted.stopped, stats)
 
     def _go_on_from(self, text: Sequence[int]) -> int:
@@ -205,7 +204,7 @@ class Target:
         cached = self._go_on_from(text)
         try:
             with self._multiplying():
-                hidden, _ = self._forward(text[cached:], TokenTree.empty())
+                hidden = self._forward(text[cached:], TokenTree.empty())
                 scores = self._logits(hidden[len(text) - 1 - cached][None]).float()
             self._checkpoint.check_unchanged()
         finally:
@@ -218,36 +217,28 @@ class Target:
         """Around the products of a pass."""
         return linear.cores(self.dtype) if self._is_widened else nullcontext()
 
-    def _forward(self, pending: list[int], tree: TokenTree) -> tuple[torch.Tensor, int]:
+    def _forward(self, pending: list[int], tree: TokenTree) -> torch.Tensor:
         """Final hidden states [rows, hidden] of the pending tokens and the tree."""
-        used = len(pending) + len(tree)
-        padding = max(0, min(padded_rows(used), self._cache.capacity - self._cache.length) - used)
-        ids = torch.tensor([*pending, *tree.tokens.tolist(), *[0] * padding])
+        ids = torch.tensor([*pending, *tree.tokens.tolist()])
         root = len(self._tokens) - 1
-        positions = np.concatenate(
-            [np.arange(self._cache.length, root + 1), root + tree.depths, np.full(padding, root)]
-        )
+        positions = np.concatenate([np.arange(self._cache.length, root + 1), root + tree.depths])
         keys = np.concatenate([np.arange(self._cache.length), positions])
-        build = self._mask(len(pending), tree)
-        hidden = self._stack.run(ids, build, positions, keys, self._cache)
-        return hidden, used + padding
+        return self._stack.run(ids, self._mask(len(pending), tree), positions, keys, self._cache)
 
     def _mask(self, pending: int, tree: TokenTree) -> chunks.BuildMask:
         """Builds the mask of a pass: pending rows are causal, nodes see what is pending and their ancestors."""
-        cached, used = self._cache.length, pending + len(tree)
+        cached = self._cache.length
         ancestors = tree.ancestor_mask()
 
         def build(start: int, end: int) -> torch.Tensor:
             visible = np.zeros((end - start, cached + end), dtype=bool)
             visible[:, :cached] = True
-            own, row = visible[:, cached:], np.arange(start, end)
-            own[row < used, :pending] = True
-            own &= np.tri(end - start, end, start, dtype=bool)
-            first, last = max(start, pending - 1), min(end, used)
-            if first < last:
-                seen = ancestors[first - pending + 1 : last - pending + 1, : last - pending + 1]
-                own[first - start : last - start, pending - 1 : last] |= seen
-            own[row - start, row] = True
+            own = visible[:, cached:]
+            own[:, :pending] = np.tri(end - start, min(pending, end), start, dtype=bool)
+            first = max(start, pending - 1)
+            if first < end:
+                seen = ancestors[first - pending + 1 : end - pending + 1, : end - pending + 1]
+                own[first - start :, pending - 1 :] |= seen
             mask = torch.zeros(visible.shape, dtype=self.dtype)
             return mask.masked_fill_(torch.from_numpy(~visible), torch.finfo(self.dtype).min)[None, None]
 

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmcad_actors.config import EngineConfig
-from llmcad_actors.core.budget import EMBEDDING_CACHE_BYTES, LOGITS_BYTES, BudgetInputs, Shard
-from llmcad_actors.core.rows import PREFIX_ROWS
+from llmcad_actors.core.budget import EMBEDDING_CACHE_BYTES, LOGITS_BYTES, PREFIX_ROWS, BudgetInputs, Shard
 from llmcad_actors.families.families import family_of
 from llmcad_actors.families.generation_rules import active_rules
 from llmcad_actors.machine import versions
@@ -15,9 +14,6 @@ from llmcad_actors.storage.extents import extents_of
 from llmcad_actors.storage.layout import Layout, ShardSpec, layout_of
 from llmcad_actors.storage.reader import span_bytes
 from llmcad_actors.text.tokenizer_child import tokenizer_memory
-
-PADDING = 256
-"""Rows of a long pass are padded to multiples of this."""
 
 DRAFT_SLOTS = 1024
 """Tree nodes whose keys and values the draft holds at once."""
@@ -54,7 +50,7 @@ def budget_inputs(
         else draft.total_bytes * WIDTHS[draft_dtype(config, draft)] // stored_bytes(draft),
         draft_kv=0 if draft is None else draft_cache_bytes(draft, config, context),
         target_resident=sum(i.nbytes for i in layout.resident) * width // stored_bytes(target) + EMBEDDING_CACHE_BYTES,
-        target_kv=kv_bytes(target.config, context + 2 * config.max_nodes, width)
+        target_kv=kv_bytes(target.config, target_rows(config, context), width)
         + encoded_bytes(target.config, context, width),
         activations=max(
             encoder_bytes(layout, target.config, context, width),
@@ -102,6 +98,11 @@ def draft_cache_bytes(draft: Checkpoint, config: EngineConfig, context: int) -> 
     return cached + encoded_bytes(draft.config, context, width)
 
 
+def target_rows(config: EngineConfig, context: int) -> int:
+    """Rows of the target's cache: the text's, and those of a tree behind it."""
+    return context + config.max_nodes + 1
+
+
 def kv_bytes(config: Mapping[str, Any], rows: int, width: int) -> int:
     """Keys and values of `rows` tokens in all layers."""
     family = family_of(config)
@@ -139,7 +140,7 @@ def activation_bytes(
     logits of the tree.
     """
     family, hidden = prepared.family, prepared.embedding.shape[1]
-    rows = -(-(context + nodes) // PADDING) * PADDING
+    rows = context + nodes
     chunk = min(rows, chunk)
     rotary = 2 * family.head_dim(config) * (4 + width)  # two tables of angles, in float32 at first
     carried = rows * (4 * hidden * width + rotary)  # embedding rows, the model's inputs, hidden states before and after

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Self
 
 from llmcad_actors.core.costs import beside_each_other, together
-from llmcad_actors.core.rows import ROW_SIZES, padded_rows
 from llmcad_actors.machine.figures import ComputeFigures, figures_for
 
 DISK_BYTES_PER_S = 2.0e9
@@ -90,8 +89,8 @@ class Forecaster:
 
         One row where drafting does not pay.
         """
-        sizes = [rows for rows in ROW_SIZES if rows <= padded_rows(max_nodes + 1)]
-        trees = (self._of_tree(rows, 1 + TOKENS_PER_DOUBLING * log2(rows)) for rows in sizes[1:])
+        sizes = range(2, max_nodes + 2)
+        trees = (self._of_tree(rows, 1 + TOKENS_PER_DOUBLING * log2(rows)) for rows in sizes)
         return max((self.plain(), *trees), key=lambda f: f.tokens_per_second)
 
     def of_rows(self, rows: int, tokens: float = 1.0) -> PassForecast:

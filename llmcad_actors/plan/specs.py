@@ -17,6 +17,7 @@ from llmcad_actors.plan.footprint import (
     draft_dtype,
     is_small,
     target_dtype,
+    target_rows,
 )
 from llmcad_actors.plan.job import Prepared, context_of
 
@@ -56,7 +57,7 @@ def verifier_spec(job: Prepared) -> VerifierSpec:
         pinned=job.memory.pinned,
         dtype=target_dtype(job.config),
         threads=job.config.threads or cores(),
-        capacity=job.context + 2 * job.config.max_nodes + 64,
+        capacity=target_rows(job.config, job.context),
         prefill_chunk=job.config.prefill_chunk,
     )
 

@@ -17,7 +17,6 @@ from llmcad_actors.core.fallback import (
     outcome_of,
 )
 from llmcad_actors.core.growth import Growth
-from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.core.worth import Round
 from tests.core.drafting import step, trees
@@ -149,20 +148,18 @@ def test_time_spent_on_drafting_hides_no_longer() -> None:
     assert MarginalThroughput().should_verify(GROWTH, costs)
 
 
-def test_nodes_that_must_be_computed_count_against_a_step_once_the_passs_rows_are_filled() -> None:
+def test_nodes_that_must_be_computed_count_against_a_step() -> None:
     # computing is the slower half: 0.1 tokens take at least 0.1 / 0.05 of a node
     computing = replace(COSTS, pass_read_s=0.0, draft_step_s=0.0, pass_base_s=1.0)
     full = replace(GROWTH, num_nodes=15, cumulative=np.full(15, 0.06), best_frontier=0.05, next_gain=0.1)
     assert not MarginalThroughput().should_verify(full, replace(computing, pass_node_s=0.02))
     assert MarginalThroughput().should_verify(full, replace(computing, pass_node_s=0.1))
-    some = replace(full, num_nodes=9, cumulative=np.full(9, 0.06))
-    assert not MarginalThroughput().should_verify(some, replace(computing, pass_node_s=0.1))  # 16 rows are run anyway
 
 
 def test_a_tree_that_is_next_to_worthless_is_not_submitted() -> None:
-    computing = replace(COSTS, pass_read_s=0.0, draft_step_s=0.0, pass_base_s=1.0, pass_node_s=0.1)  # 2.5 s, or 1 s
+    computing = replace(COSTS, pass_read_s=0.0, draft_step_s=0.0, pass_base_s=1.0, pass_node_s=0.1)
     assert MarginalThroughput().choose_nodes(np.full(15, 0.01), computing) == 0
-    assert MarginalThroughput().choose_nodes(np.full(15, 0.05), computing) == 15
+    assert MarginalThroughput().choose_nodes(np.full(15, 0.05), computing) == 1
     faster = replace(computing, plain_compute_s=0.5)
     assert MarginalThroughput().choose_nodes(np.full(15, 0.05), faster) == 0
 
@@ -202,15 +199,13 @@ def test_what_is_accepted_is_learnt_node_by_node() -> None:
 def test_the_number_of_nodes_submitted_has_the_best_rate(probabilities: list[float], costs: Costs) -> None:
     cumulative = np.sort(np.array(probabilities))[::-1]
     count = MarginalThroughput().choose_nodes(cumulative, costs)
-    seconds = [float(costs.round_seconds(padded_rows(n + 1) - 1)) for n in range(len(cumulative) + 1)]
+    seconds = [float(costs.round_seconds(n)) for n in range(len(cumulative) + 1)]
     rates = [(1 + cumulative[:n].sum()) / seconds[n] for n in range(len(cumulative) + 1)]
     if count == 0:  # it would not pay if three times as many were accepted
-        some = int(np.argmax(rates)) or min(15, len(cumulative))
+        some = int(np.argmax(rates)) or min(1, len(cumulative))
         assert (1 + 3 * cumulative[:some].sum()) / seconds[some] <= 1 / seconds[0] + 1e-9
-    elif count > 15:
-        assert rates[count] == pytest.approx(max(rates))
     else:
-        assert rates[count] == pytest.approx(max(rates[1:16]))
+        assert rates[count] == pytest.approx(max(rates[1:]))
 
 
 def test_a_pass_bound_by_reading_takes_every_node_and_one_bound_by_computing_few() -> None:
@@ -226,8 +221,7 @@ def test_what_a_prompt_costs_is_spent_anyway() -> None:
     cumulative = np.geomspace(0.9, 1e-3, 200)
     usual = MarginalThroughput().choose_nodes(cumulative, computing)
     beside_a_prompt = MarginalThroughput().choose_nodes(cumulative, replace(computing, pending_rows=299))
-    assert usual == 31
-    assert beside_a_prompt == 20  # the pass runs 320 rows anyhow; 384 would take 1.6 s more
+    assert usual == beside_a_prompt == 27
     cheap = replace(computing, pass_node_s=1e-5)
     assert MarginalThroughput().choose_nodes(cumulative, replace(cheap, pending_rows=299)) > 150
 
@@ -237,14 +231,6 @@ def test_a_step_beside_a_prompt_is_worth_what_it_is_worth_later() -> None:
     prompt = replace(COSTS, pending_rows=5900)
     assert not MarginalThroughput().should_verify(GROWTH, replace(prompt, draft_step_s=0.10))
     assert MarginalThroughput().should_verify(GROWTH, replace(prompt, draft_step_s=0.11))
-
-
-def test_a_pass_is_filled_up_to_the_rows_that_it_runs_anyhow() -> None:
-    computing = replace(COSTS, pass_read_s=0.0, pass_base_s=1.0, pass_node_s=0.01)
-    found = {
-        MarginalThroughput().choose_nodes(np.geomspace(0.9, low, 150), computing) for low in np.geomspace(1e-9, 0.1, 40)
-    }
-    assert len(found) > 3 and found <= {padded_rows(rows) - 1 for rows in range(1, 152)} | {150}
 
 
 @pytest.mark.parametrize("draft_step_s", [0.002, 0.02, 0.1, 0.3])

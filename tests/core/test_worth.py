@@ -68,6 +68,13 @@ def test_a_draft_that_pays_is_drafted_but_for_the_passes_that_are_timed(gain: fl
     assert np.mean(np.array(drafted) < 75) <= unlucky
 
 
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_an_engine_may_run_for_weeks(tokens: int) -> None:
+    """Thousands of plain passes, and of drafted rounds, are counted."""
+    drafted = play(Worth(), [Round(True, tokens, 1.3 * PLAIN_S)] * 20_000)[1]
+    assert sum(drafted[-2000:]) == pytest.approx(2000 if tokens > 1 else 0, abs=100)
+
+
 def test_a_few_unlucky_rounds_do_not_pause_a_draft_that_had_paid() -> None:
     good, bad = Round(True, 5, 2 * PLAIN_S), Round(True, 1, 1.3 * PLAIN_S)
     drafted = play(Worth(), [good] * 10 + [bad] * 6 + [good] * 10)[1]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmcad_actors.core.rows import PREFIX_ROWS
+from llmcad_actors.core.budget import PREFIX_ROWS
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.models.chunks import ChunkedMask
 from llmcad_actors.models.draft import DraftModel
@@ -56,8 +56,8 @@ def test_the_chunks_of_a_mask_are_rows_of_the_whole(tmp_path: Path, window: int 
     target, _ = target_of(CASES["llama"].save(tmp_path))
     target.begin(PROMPT[:9], ())
     target.verify(TokenTree.empty())
-    tree, pending, padding = random_trees(3, BYTE_VOCAB, max_nodes=30)(PROMPT[:5]), 6, 8
-    positions = np.concatenate([np.arange(9, 15), 14 + tree.depths, np.full(padding, 14)])
+    tree, pending = random_trees(3, BYTE_VOCAB, max_nodes=30)(PROMPT[:5]), 6
+    positions = np.concatenate([np.arange(9, 15), 14 + tree.depths])
     rows, keys = len(positions), np.concatenate([np.arange(9), positions])
     build = target._mask(pending, tree)
     hidden = torch.finfo(torch.float32).min
@@ -79,14 +79,13 @@ def test_the_chunks_of_a_mask_are_rows_of_the_whole(tmp_path: Path, window: int 
 def test_what_a_pending_row_and_a_node_see(tmp_path: Path) -> None:
     target, _ = target_of(CASES["llama"].save(tmp_path))
     tree = TokenTree.build([1, 2, 3], [-1, -1, 1], [-1.0] * 3)
-    seen = target._mask(2, tree)(0, 6)[0, 0] == 0
+    seen = target._mask(2, tree)(0, 5)[0, 0] == 0
     assert seen.int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 0, 1, 0, 0],
-        [1, 1, 0, 1, 1, 0],
-        [0, 0, 0, 0, 0, 1],
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 0, 1, 0],
+        [1, 1, 0, 1, 1],
     ]
 
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from llmcad_actors.core.rows import padded_rows
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError, DeadlineError
 from llmcad_actors.models.target import Target, common_prefix
@@ -100,7 +99,7 @@ def test_a_tree_made_from_the_true_continuation_is_accepted_whole(plain: Plain, 
     verdict = target.verify(chain(expected[:length]))
     assert verdict.path == tuple(range(length))
     assert verdict.bonus == expected[length]
-    assert verdict.stats.rows == padded_rows(len(PROMPT) + length)
+    assert verdict.stats.rows == len(PROMPT) + length
 
 
 def test_a_stop_token_ends_the_path_before_it(tiny: Path) -> None:
@@ -220,13 +219,6 @@ def test_more_rows_than_planned_for_are_refused(tiny: Path) -> None:
     target.begin([1] * (CAPACITY + 1), ())
     with pytest.raises(ValueError, match=f"the cache holds {CAPACITY} rows"):
         target.verify(TokenTree.empty())
-
-
-def test_sizes_of_passes_are_few_and_large_enough() -> None:
-    sizes = [padded_rows(rows) for rows in range(1, 2049)]
-    assert all(size >= rows for rows, size in enumerate(sizes, start=1))
-    assert sizes == sorted(sizes)
-    assert len(set(sizes)) < 25
 
 
 def test_weights_that_are_not_the_architectures_are_refused(tiny: Path, tmp_path: Path) -> None:

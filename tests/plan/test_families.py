@@ -335,7 +335,7 @@ def test_a_real_models_plan_streams_its_layers_within_the_cap(name: str, tmp_pat
         assert sum(shard.startswith(half) for shard in shards) == count(real.fields)
     assert family.context(real.fields) == real.context
     kept = context * (real.encoded + real.cached) if real.encoded else 0
-    in_bfloat16 = (context + 2 * 128) * real.cached + kept
+    in_bfloat16 = (context + 128 + 1) * real.cached + kept
     assert plan["parts"]["target cache"] == 2 * in_bfloat16
     assert planned("--dtype", "bfloat16")["parts"]["target cache"] == in_bfloat16
 
