@@ -171,8 +171,7 @@ def test_a_node_stands_at_its_depth_wherever_it_is_among_the_rows(saved: Saved, 
         parent = len(tree) - 4
     target.begin(prompt, ())
     with torch.inference_mode():
-        hidden, _ = target._forward([plain.start], tree)
-        found = target._logits(hidden[: 1 + len(tree)]).log_softmax(-1).numpy()
+        found = target._logits(target._forward([plain.start], tree)).log_softmax(-1).numpy()
     paths = [tokens_to(tree, node) for node in range(-1, len(tree))]
     theirs = np.array([plain.logprobs(prompt, path) for path in paths])
     exact = np.array([plain.in_float64(prompt, path) for path in paths])

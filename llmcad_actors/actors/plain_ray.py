@@ -9,9 +9,10 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 
+import psutil
 import ray
 
 from llmcad_actors.actors.calls import Line
@@ -22,6 +23,7 @@ from llmcad_actors.machine.limits import check_shared_memory
 from llmcad_actors.machine.sessions import log_folder
 
 NUM_ACTORS = 4
+END_TIMEOUT_S = 5.0
 DOCUMENTED = {"RAY_USAGE_STATS_ENABLED": "0"}  # nothing of a run leaves the machine
 
 
@@ -36,10 +38,12 @@ class PlainRay:
         self._end = ExitStack()
         if self.is_ours:
             check_shared_memory(store_bytes)
+            others = psutil.Process().children()
             try:
                 self._start(store_bytes)
             except Exception as error:
                 self.close()
+                end_children(but=others)  # Ray forgets the daemons of a start that fails
                 raise RuntimeFailure(f"Ray did not start: {error}\n`llmcad doctor` may tell more.") from error
 
     def _start(self, store_bytes: int) -> None:
@@ -65,6 +69,15 @@ class PlainRay:
             self.line.cut()
             atexit.unregister(self.close)
             self._end.close()
+
+
+def end_children(*, but: Sequence[psutil.Process]) -> None:
+    """Kill this process's children and all below them, but for some."""
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            for process in () if child in but else (*child.children(recursive=True), child):
+                process.kill()
+                process.wait(END_TIMEOUT_S)
 
 
 @contextmanager

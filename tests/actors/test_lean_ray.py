@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from llmcad_actors.actors.calls import Remote, fetch
-from llmcad_actors.actors.lean_ray import ENVIRONMENT, LocalRay
+from llmcad_actors.actors.lean_ray import ENVIRONMENT, LocalRay, _read_environment
 from llmcad_actors.actors.ray_check import listening
 from llmcad_actors.actors.ray_log import VARIABLE
 from llmcad_actors.doctor.examine import OK, WARNING, Report, add_ports
@@ -206,6 +206,8 @@ def test_the_callers_own_ray_is_started_as_the_caller_wants_afterwards(
     finally:
         ray.shutdown()
         signal.signal(signal.SIGTERM, handler)
+        monkeypatch.undo()
+        _read_environment()  # or Ray would ask for this token as long as the process lives
 
 
 def test_doctor_says_what_listens_and_warns_of_other_interfaces(tmp_path: Path) -> None:

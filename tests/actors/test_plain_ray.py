@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
@@ -83,7 +82,7 @@ def test_the_plan_counts_its_daemons() -> None:
     assert plain.cap_bytes - lean.cap_bytes == PLAIN_DAEMONS - DAEMONS
 
 
-def test_a_ray_that_runs_already_is_used_and_left(tmp_path: Path) -> None:
+def test_a_ray_that_runs_already_is_used_and_left() -> None:
     first = own_ray.start_ray(80 * MB, plain=True)
     own_ray._owned.clear()  # as a caller's own
     guest = own_ray.start_ray(80 * MB, plain=True)
@@ -95,12 +94,19 @@ def test_a_ray_that_runs_already_is_used_and_left(tmp_path: Path) -> None:
 
 
 def test_one_that_does_not_start_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    daemons: list[subprocess.Popen[bytes]] = []
+
     def fails(**settings: object) -> None:
+        daemons.append(subprocess.Popen(["sleep", "600"]))  # what it has started by then
         raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(ray, "init", fails)
-    with pytest.raises(RuntimeFailure, match=r"Ray did not start: The current node timed out(?s:.*)llmcad doctor"):
-        own_ray.start_ray(80 * MB, plain=True)
+    with subprocess.Popen(["sleep", "600"]) as ours:
+        with pytest.raises(RuntimeFailure, match=r"Ray did not start: The current node timed out(?s:.*)llmcad doctor"):
+            own_ray.start_ray(80 * MB, plain=True)
+        assert psutil.Process().children() == [psutil.Process(ours.pid)]
+        ours.kill()
+    daemons[0].wait(0)
     assert not own_ray._owned
 
 
