@@ -9,7 +9,7 @@ import pytest
 from llmcad_actors.kernels import library
 
 SOURCES = [Path(__file__).parent / "check.c", Path(library.__file__).with_name("kernels.c")]
-WATCHED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+WATCHED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 @pytest.mark.skipif(not shutil.which("gcc"), reason="there is no compiler")
