@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import psutil
 import ray
@@ -43,7 +44,7 @@ class PlainRay:
                 self._start(store_bytes)
             except Exception as error:
                 self.close()
-                end_children(but=others)  # Ray forgets the daemons of a start that fails
+                end_daemons(but=others)  # Ray forgets those of a start that fails
                 raise RuntimeFailure(f"Ray did not start: {error}\n`llmcad doctor` may tell more.") from error
 
     def _start(self, store_bytes: int) -> None:
@@ -71,13 +72,15 @@ class PlainRay:
             self._end.close()
 
 
-def end_children(*, but: Sequence[psutil.Process]) -> None:
-    """Kill this process's children and all below them, but for some."""
+def end_daemons(*, but: Sequence[psutil.Process]) -> None:
+    """Kill the programs of Ray's package that this process has started, and all below them; some are left alone."""
+    package = str(Path(ray.__file__).parent)
     for child in psutil.Process().children():
         with suppress(psutil.Error):
-            for process in () if child in but else (*child.children(recursive=True), child):
-                process.kill()
-                process.wait(END_TIMEOUT_S)
+            if child not in but and any(package in word for word in child.cmdline()):
+                for process in (*child.children(recursive=True), child):
+                    process.kill()
+                    process.wait(END_TIMEOUT_S)
 
 
 @contextmanager
