@@ -156,4 +156,13 @@ class LeaseClient:
         try:
             self._connection.send_bytes(pack(message))
         except OSError:
-            raise failure("the loader died") from None
+            raise self._last_word() from None
+
+    def _last_word(self) -> LlmcadError:
+        """What the loader said before it closed the socket, if it said what broke."""
+        with suppress(EOFError, OSError):
+            while self._connection.poll(0):
+                answer: Lease | Failed = unpack(self._connection.recv_bytes())
+                if isinstance(answer, Failed):
+                    return answer.as_error()
+        return failure("the loader died")

@@ -2,6 +2,7 @@
 
 import ast
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -171,10 +172,16 @@ def test_a_lease_that_cannot_be_ended_is_noticed_at_once() -> None:
     lender.may.set()
 
 
+@pytest.mark.parametrize("is_late", [False, True])
 @pytest.mark.parametrize("message", [b"", b"\xc1", pickle.dumps(-1)], ids=["nothing", "no msgpack", "a pickle"])
-def test_what_is_no_message_is_refused_and_said(message: bytes) -> None:
+def test_what_is_no_message_is_refused_and_said(message: bytes, is_late: bool) -> None:
+    """Also to a client that asks when the socket has been closed."""
     client = LeaseClient(Lender().server.address)
     client._connection.send_bytes(message)
+    if is_late:
+        closing = select.poll()
+        closing.register(client._connection, select.POLLHUP)
+        assert closing.poll(TIMEOUT_S * 1000)
     with pytest.raises(RuntimeFailure, match="the loader broke"):
         client.take("layer.3", TIMEOUT_S)
 
