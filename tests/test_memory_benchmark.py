@@ -13,6 +13,7 @@ from benchmarks.memory import default_caps, parse_count
 from benchmarks.vocabularies import pair
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.machine.limits import memory_limit
+from llmcad_actors.plan.footprint import DAEMONS
 from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.text.tokenizer import read_tokenizer
 from llmcad_actors.tools.bundled import bundled_draft, bundled_target
@@ -66,9 +67,11 @@ def test_a_sweep_prints_a_line_for_every_cap() -> None:
     assert "a memory cap of 100.0 MB is too small" in refused["refused"]
     assert 0 < sound["peak_bytes"] <= sound["memory_cap_bytes"] == 1_400_000_000
     assert sum(sound["peak_by_group"].values()) == sound["peak_bytes"]
-    groups = sound["peak_by_group"]  # an actor that has just been started counts as a daemon until it has its name
+    groups = sound["peak_by_group"]
     assert groups.keys() == {"driver", "coordinator", "draft", "verifier", "loader", "Ray daemons", "store"}
-    assert groups["driver"] > 0 and groups["Ray daemons"] > 0 and groups["store"] > 0, groups
+    if missing := [name for name, taken in groups.items() if not taken]:  # one is a daemon until it has its name
+        assert missing in (["coordinator"], ["draft"], ["verifier"], ["loader"]), groups
+        assert groups["Ray daemons"] > 1.5 * DAEMONS
     assert 0 < sound["overhead_bytes"] < sound["peak_bytes"]
     assert sound["spilled_bytes"] == 0
     assert (sound["same_output"], sound["killed"]) == (True, False)

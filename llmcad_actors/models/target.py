@@ -1,8 +1,7 @@
 """The target: one streamed pass checks a whole token tree.
 
 Rows of a pass are the committed tokens that the cache does not hold yet (the whole prompt at first, then only the
-root), followed by the tree's nodes. The target knows nothing of actors; weights come
-from a `ShardSource`.
+root), followed by the tree's nodes. The target knows nothing of actors; weights come from a `ShardSource`.
 """
 
 import time
