@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from llmcad_actors.errors import RuntimeFailure, TokenizerError
 from llmcad_actors.machine.child import run_module
+from llmcad_actors.storage.small_file import TOKENIZER_BYTES
 from llmcad_actors.text.tokenizer import (
     auto_tokenizer,
     backend_json,
@@ -83,9 +84,10 @@ def check_same_vocabulary(target: Path, draft: Path) -> None:
     Files that are the same, byte for byte, are not read as tokenizers at all.
     """
     one, other = target / FILE, draft / FILE
-    if one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False):
+    largest = max(_size(target), _size(draft))
+    if one.is_file() and other.is_file() and largest <= TOKENIZER_BYTES and filecmp.cmp(one, other, shallow=False):
         return
-    if one.is_file() and other.is_file() and max(_size(target), _size(draft)) <= SMALL_BYTES:
+    if one.is_file() and other.is_file() and largest <= SMALL_BYTES:
         check_same_tokens(vocabulary(read_tokenizer(target)), vocabulary(read_tokenizer(draft)))
     elif has_tokenizer(target) and has_tokenizer(draft):
         _ask("difference", str(target), str(draft))

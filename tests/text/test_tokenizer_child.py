@@ -1,6 +1,7 @@
 """A tokenizer is loaded once, for what was planned; what is found out before the start leaves nothing behind."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from llmcad_actors.plan.footprint import CALLER, tokenizer_bytes
 from llmcad_actors.plan.job import Prepared
 from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.storage.checkpoint import Checkpoint
+from llmcad_actors.storage.small_file import TOKENIZER_BYTES
 from llmcad_actors.text.tokenizer_child import (
     SMALL_BYTES,
     check_same_vocabulary,
@@ -89,6 +91,20 @@ def test_the_same_file_twice_is_not_read_as_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "draft" / "tokenizer.json").write_text('{"not": "a  tokenizer"}')
     with pytest.raises(TokenizerError, match="cannot be read as a tokenizer"):
         check_same_vocabulary(tmp_path / "target", tmp_path / "draft")
+
+
+def test_a_file_that_is_too_large_is_refused_without_being_read(tmp_path: Path) -> None:
+    """The same one twice, as in a target that is its own draft."""
+    (tmp_path / "tokenizer.json").touch()
+    os.truncate(tmp_path / "tokenizer.json", TOKENIZER_BYTES + 1)
+    before = _read_by_this_process()
+    with pytest.raises(TokenizerError, match="such a file has at most"):
+        check_same_vocabulary(tmp_path, tmp_path)
+    assert _read_by_this_process() - before < 10 * MB
+
+
+def _read_by_this_process() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def test_other_ids_of_the_same_tokens_are_found_in_large_files(folders: dict[str, Path], tmp_path: Path) -> None:
