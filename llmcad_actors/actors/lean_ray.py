@@ -1,6 +1,6 @@
 """Ray on one machine, bent to our needs: lean, silent, for this machine and this run alone, and gone in the end.
 
-Lean: stand-ins for agents that nobody calls, daemons that one machine has no use for ended, settings of speed. For this
+Lean: stand-ins for agents that nobody calls, no daemons that one machine has no use for, settings of speed. For this
 run alone: it listens on the loopback interface, and every call needs a token that only its own processes have. Gone:
 processes that do not end in time are killed, and the folder is removed.
 """
@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import ray
 from ray._private import ray_constants, services
+from ray._private.node import Node
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from llmcad_actors.actors import idle_agent
@@ -57,7 +58,8 @@ CONSTANTS = {  # which Ray has read from the environment when it was imported
 }
 LOOPBACK = "127.0.0.1"
 IDLE_AGENTS = ("dashboard_agent", "runtime_env_agent")  # the raylet ends without them; nobody here calls them
-SPARE_DAEMONS = ("kill_monitor", "kill_dashboard", "kill_log_monitor")  # 150 MB that one machine has no use for
+SPARE_DAEMONS = ("start_monitor", "start_api_server", "start_log_monitor")
+"""They start the autoscaler, the dashboard and the reader of logs: 150 MB, and 1 s of each start, for nothing here."""
 
 
 class LocalRay:
@@ -102,7 +104,13 @@ class LocalRay:
     def _start(self, store_bytes: int, folder: Path, log: RayLog) -> None:
         run = {"RAY_AUTH_TOKEN": secrets.token_hex(32), VARIABLE: str(log.path)}
         self._end.callback(_read_environment)  # as it will be then: the caller's
-        with environment(ENVIRONMENT | run), constants(CONSTANTS), idle_agents(), uninterrupted(is_start=True):
+        with (
+            environment(ENVIRONMENT | run),
+            constants(CONSTANTS),
+            idle_agents(),
+            no_spare_daemons(),
+            uninterrupted(is_start=True),
+        ):
             _read_environment()
             self._end.callback(_shut_down, folder)
             self._end.callback(log.end)
@@ -118,9 +126,6 @@ class LocalRay:
                 _skip_env_hook=True,  # no runtime environment: nobody listens to make it
                 _system_config={"automatic_object_spilling_enabled": False},
             )
-        for kill in SPARE_DAEMONS:
-            with suppress(Exception):  # another Ray version may have no such daemon
-                getattr(ray._private.worker._global_node, kill)(check_alive=False)
 
     def close(self) -> None:
         """End it, if it is ours: after this nothing of it is left. May be called again."""
@@ -220,6 +225,19 @@ def idle_agents() -> Iterator[None]:
         yield
     finally:
         services._build_python_executable_command_memory_profileable = build
+
+
+@contextmanager
+def no_spare_daemons() -> Iterator[None]:
+    """Inside the block, Ray starts without `SPARE_DAEMONS`. Another version of it may not know one of them."""
+    starts = {name: getattr(Node, name) for name in SPARE_DAEMONS if hasattr(Node, name)}
+    for name in starts:
+        setattr(Node, name, lambda self, **settings: None)
+    try:
+        yield
+    finally:
+        for name, start in starts.items():
+            setattr(Node, name, start)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ transformers marks some of its functions for torch's compiler, and prepares for 
 marks alone bring in the compiler and sympy. Nothing here is compiled or spread, so two modules are deferred: they stand
 in `sys.modules`, the compiler's with its decorators as plain functions, and the first question for anything else, or
 for a part of them, runs the real modules in their place. And torch says that it has no distributed part, as a build
-without it does.
+without it does. transformers lists the names of all its models twice, 0.2 s each; here, once.
 
 `install` comes before the first import of torch; it knows no model.
 """
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -49,6 +50,8 @@ def install() -> bool:
     import torch
 
     torch.distributed.is_available = _no
+    if versions.is_tested("transformers"):
+        _list_models_once()
     return True
 
 
@@ -128,6 +131,18 @@ class DeferringFinder(MetaPathFinder):
             run_deferred(*DEFERRED)
             return ModuleSpec(name, PresentLoader(sys.modules[name])) if name in sys.modules else None
         return None
+
+
+def _list_models_once() -> None:
+    """transformers remembers the names below a path, and asks for the same folder's by two paths."""
+    from transformers.utils import import_utils  # after transformers itself, which lists them by the folder's path
+
+    names_below = import_utils.create_import_structure_from_path
+
+    def names(path: str | Path) -> Any:
+        return names_below(Path(path).parent if Path(path).is_file() else path)
+
+    import_utils.create_import_structure_from_path = names
 
 
 def _unchanged(function: Any = None, *_: Any, **__: Any) -> Any:

@@ -20,6 +20,7 @@ DEADLINE_S = 60.0
 COMMAND = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and under nohup this
 from llmcad_actors.cli import commands as cli
 from llmcad_actors.cli import command
 from llmcad_actors.cli import interruption
