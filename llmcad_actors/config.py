@@ -238,6 +238,7 @@ class LoaderSpec:
 class VerifierSpec:
     path: str
     pinned: tuple[str, ...]
+    pinned_later: tuple[str, ...]  # besides, once the draft has ended
     dtype: str
     threads: int
     capacity: int  # rows of the key/value cache

@@ -28,7 +28,18 @@ from llmcad_actors.errors import (
     StorageError,
 )
 from llmcad_actors.machine.memory import MemoryWatcher, process_pss
-from llmcad_actors.messages import Event, Failed, Finished, Provisional, ReadingProgress, Request, Tokens, pack, unpack
+from llmcad_actors.messages import (
+    DraftEnded,
+    Event,
+    Failed,
+    Finished,
+    Provisional,
+    ReadingProgress,
+    Request,
+    Tokens,
+    pack,
+    unpack,
+)
 from llmcad_actors.plan.admission import Admission, admit
 from llmcad_actors.plan.disk_settings import unmeasured
 from llmcad_actors.plan.footprint import target_dtype
@@ -86,8 +97,9 @@ class Engine:
         self._end.callback(actors.close)
         self._end.callback(watcher.close)
         self._end.callback(self._turn.close)
-        pinned = [spec.nbytes for spec in prepared.layout.shards if spec.name in prepared.memory.pinned]
-        self._guard = Guard(actors.verifier, pinned, prepared.memory.cap_bytes)
+        sizes = {spec.name: spec.nbytes for spec in prepared.layout.shards}
+        pinned, self._later = ([sizes[n] for n in names] for names in (prepared.memory.pinned, prepared.pinned_later))
+        self._guard = Guard(actors.verifier, pinned, prepared.memory.cap_bytes, later=self._later)
         watcher.tell(self._guard.look)
         self._overrun = overrun
         self._tokenizer, self._special_tokens = text.tokenizer, text.special_tokens
@@ -371,6 +383,9 @@ class Engine:
             yield Piece(stops.feed(detokenizer.feed(event.ids)), event.ids)
             if stops.hit:
                 self._finish_reason = "stop"
+        elif isinstance(event, DraftEnded):
+            self._actors.end_draft()
+            self._guard.draft_has_ended()
         elif isinstance(event, Finished):
             self._finish_reason, self._stats = event.reason, event.stats
 
@@ -384,11 +399,12 @@ class Engine:
             read_seconds=after.read_seconds - before.read_seconds,
             memory_cap_bytes=memory.cap_bytes,
             peak_memory_bytes=self._watcher.peak_bytes,
-            pinned_bytes=memory.pinned_bytes,
+            pinned_bytes=memory.pinned_bytes + (sum(self._later) if self._actors.has_ended_draft else 0),
             window_bytes=memory.window_bytes,
             spilled_bytes=self._watcher.spilled_bytes,
             shed_shards=self._guard.num_shed - shed,
             cap_exceeded_bytes=self._overrun.exceeded_bytes,
+            draft_ended=self._actors.has_ended_draft,
         )
 
     def _encode(self, prompt: str) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from llmcad_actors.core.round import Grown, Submission, Verdict
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.core.worth import Round
-from llmcad_actors.messages import Event, Finished, Provisional, Request, Tokens
+from llmcad_actors.messages import DraftEnded, Event, Finished, Provisional, Request, Tokens
 from llmcad_actors.ports import Clock, Drafter, Verifier
 
 NO_TREE = Submission(TokenTree.empty(), confidence=1.0, steps=0, drafted=0, seconds=0.0, head_start=False)
@@ -56,7 +56,7 @@ async def decode(
 ) -> Learnt:
     """Run one request to its end; returns what was learnt on the way, for the next one.
 
-    Without a drafter every pass yields one token: the plain baseline.
+    Without a drafter every pass yields one token: the plain baseline. So it goes on after `DraftEnded`, too.
     """
     started, stats, left = clock.now(), Stats(), request.max_new_tokens
     policy, costs, patience = learnt.policy, learnt.costs, learnt.patience
@@ -99,6 +99,9 @@ async def decode(
             stall_s=verdict.stats.stall_s,
             is_drafted=drafting is not None,
         )
+        if drafter and policy.should_end_draft(known):
+            drafter = None
+            emit(DraftEnded())
         emit(Tokens(ids, stats))
         if stopped or left == 0:
             emit(Finished("stop" if stopped else "length", stats))

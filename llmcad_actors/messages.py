@@ -97,6 +97,11 @@ class Provisional:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftEnded:
+    """No request drafts any more: hardly a guess was right, and the draft's memory can hold layers of the target."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The request's end."""
 
@@ -123,11 +128,11 @@ class Failed:
         return RuntimeFailure(self.message)
 
 
-Event = Tokens | Provisional | Finished | Failed
+Event = Tokens | Provisional | DraftEnded | Finished | Failed
 
 _SPECS = (LoaderSpec, VerifierSpec, DraftSpec)
 _POLICIES = (AdaptiveConfidence, FixedDepth, FixedTree, MarginalThroughput, TokenConfidence)
-_ROUNDS = (Request, Submission, Grown, PassStats, Verdict, Tokens, Provisional, Finished, Failed)
+_ROUNDS = (Request, Submission, Grown, PassStats, Verdict, Tokens, Provisional, DraftEnded, Finished, Failed)
 _LEASES = (AskShard, EndLease, StreamShards, Lease, ReadingProgress)
 _KINDS = {
     kind.__name__: kind

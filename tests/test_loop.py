@@ -15,9 +15,10 @@ from llmcad_actors.core.provisional import LEAST_STEPS
 from llmcad_actors.core.round import Grown, PassStats, Submission, Verdict
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.tree import TokenTree
+from llmcad_actors.core.worth import ENOUGH_ROUNDS
 from llmcad_actors.errors import DeadlineError
 from llmcad_actors.loop import Learnt, decode, most_probable_path
-from llmcad_actors.messages import Event, Finished, Provisional, Request, Tokens
+from llmcad_actors.messages import DraftEnded, Event, Finished, Provisional, Request, Tokens
 from tests.fakes import (
     Choose,
     FunctionDrafter,
@@ -321,6 +322,18 @@ def test_a_draft_that_is_left_out_hears_later_of_every_pass() -> None:
     _, stats, _, calls = timed(wrong, 0.2, 200)
     assert max(calls) > 10  # the passes of a pause, at once
     assert sum(calls) <= stats.target_passes - 1
+
+
+def test_a_useless_draft_is_ended_where_its_memory_would_help_and_never_called_again() -> None:
+    wrong = lambda tokens: chain([(target(3)(tokens) + 1) % VOCAB])  # noqa: E731
+    known = CostModel(draft_step_s=0.01, read_s=1.0, mean_compute_s=0.5, draft_memory_share=0.13)
+    for policy, is_ended in ((MarginalThroughput(), True), (AdaptiveConfidence(), False)):
+        clock, events = WholeClock(), list[Event]()
+        drafter, verifier = TimedDrafter(wrong, clock, 0.01), TimedVerifier(target(3), clock, tree_s=0.0)
+        asyncio.run(decode(Request(PROMPT, 100, ()), drafter, verifier, Learnt(policy, known), clock, events.append))
+        assert tokens_in(events) == plain(target(3), 100)
+        assert [event for event in events if isinstance(event, DraftEnded)] == [DraftEnded()] * is_ended
+        assert len(drafter.calls) == (ENOUGH_ROUNDS if is_ended else 100)
 
 
 def test_a_draft_as_dear_as_the_target_is_never_called() -> None:

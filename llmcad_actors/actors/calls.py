@@ -77,6 +77,11 @@ class Remote:
         self.line = line
         self.handle = handle
 
+    def kill(self) -> None:
+        """End it, whatever it does. Raises `RuntimeFailure` once the line is cut."""
+        with self.line.inside():
+            ray.kill(self.handle)
+
     def __getattr__(self, name: str) -> "RemoteMethod":
         if name.startswith("_"):
             raise AttributeError(name)

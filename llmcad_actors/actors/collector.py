@@ -18,9 +18,9 @@ class TraceCollector:
     An actor that does not answer costs its part of the trace, and never the request.
     """
 
-    def __init__(self, actors: Mapping[str, Any], write: Callable[[bytes], object]) -> None:
-        """`actors`: handles by lane; each has a method trace(goes_on)."""
-        self._actors = dict(actors)
+    def __init__(self, actors: Callable[[], Mapping[str, Any]], write: Callable[[bytes], object]) -> None:
+        """`actors`: what runs now, by lane; each has a method trace(goes_on)."""
+        self._actors = actors
         self._write = write
         self._calls: dict[str, Any] = {}  # not answered yet
         self._failed: set[str] = set()
@@ -40,7 +40,7 @@ class TraceCollector:
         self._collect(EDGE_TIMEOUT_S)
         self._ask(goes_on=False)
         self._collect(EDGE_TIMEOUT_S)
-        self.missing = tuple(lane for lane in self._actors if lane in self._calls or lane in self._failed)
+        self.missing = tuple(lane for lane in self._actors() if lane in self._calls or lane in self._failed)
 
     def _run(self) -> None:
         while not self._stop.wait(EVERY_S):
@@ -48,7 +48,7 @@ class TraceCollector:
             self._collect(POLL_TIMEOUT_S)
 
     def _ask(self, *, goes_on: bool) -> None:
-        for lane, actor in self._actors.items():
+        for lane, actor in self._actors().items():
             if lane not in self._calls:
                 try:
                     self._calls[lane] = actor.trace.remote(goes_on)

@@ -16,7 +16,7 @@ from llmcad_actors.core.trace import Recorder
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import LlmcadError
 from llmcad_actors.loop import Learnt, decode
-from llmcad_actors.messages import Event, Failed, Request, pack, unpack
+from llmcad_actors.messages import DraftEnded, Event, Failed, Request, pack, unpack
 
 CALL_TIMEOUT_S = 600.0
 PASS_TIMEOUT_S = 4 * 3600.0  # a pass over slow storage takes long; a shard that does not come fails much sooner
@@ -92,6 +92,7 @@ class Coordinator:
         self._verifier = TracedVerifier(RemoteVerifier(verifier), recorder)
         self._drafter = TracedDrafter(RemoteDrafter(draft), recorder) if draft is not None else None
         self._learnt = Learnt(unpack(policy), unpack(costs))
+        self._has_ended_draft = False
         self._outbox = Outbox()
         self._task: asyncio.Task[None] | None = None
 
@@ -119,9 +120,16 @@ class Coordinator:
         return pack(self._recorder.drain(goes_on=goes_on))
 
     async def _run(self, request: Request, emit: Callable[[Event], None]) -> None:
-        drafter = self._drafter if request.speculate else None
+        drafter = self._drafter if request.speculate and not self._has_ended_draft else None
+        if self._has_ended_draft:
+            emit(DraftEnded())  # again: the last request may have been cancelled before its caller heard of it
+
+        def note(event: Event) -> None:
+            self._has_ended_draft |= isinstance(event, DraftEnded)
+            emit(event)
+
         try:
-            learnt = await decode(request, drafter, self._verifier, self._learnt, MonotonicClock(), emit)
+            learnt = await decode(request, drafter, self._verifier, self._learnt, MonotonicClock(), note)
         except LlmcadError as error:
             emit(Failed.of(error))
             return

@@ -16,11 +16,20 @@ class Guard:
     """Looks at every sample of the memory watcher. An order is carried out between passes; until then none follows."""
 
     def __init__(
-        self, verifier: Any, sizes: Sequence[int], cap_bytes: int, free: Callable[[], FreeMemory] = free_memory
+        self,
+        verifier: Any,
+        sizes: Sequence[int],
+        cap_bytes: int,
+        free: Callable[[], FreeMemory] = free_memory,
+        later: Sequence[int] = (),
     ) -> None:
-        """`sizes`: bytes of the pinned shards; `free`: looks at the machine, or its cgroup."""
+        """`sizes`: bytes of the pinned shards; `free`: looks at the machine, or its cgroup.
+
+        later: bytes of the shards that are pinned once the draft has ended, in their order.
+        """
         self._verifier = verifier
-        self._policy = Shedding.of(sorted(sizes, reverse=True))
+        self._policy = Shedding.of(sorted(sizes, reverse=True), later)
+        self._has_draft_ended = False
         self._held_now = self._policy.held
         self._passes = 0
         self._cap = cap_bytes
@@ -34,14 +43,20 @@ class Guard:
             self._decide(used_bytes)
         return self._policy.held < self._held_now
 
+    def draft_has_ended(self) -> None:
+        """From the next sample on there is room for more. From any thread."""
+        self._has_draft_ended = True
+
     def _decide(self, used_bytes: int) -> None:
+        if self._has_draft_ended and self._policy.later:
+            self._policy = self._policy.without_draft()
         machine = self._free()
         sample = MemorySample(used_bytes, self._cap, machine.free_bytes, machine.limit_bytes)
         before = self._policy
         if sample.room < 0 or self._held_now == before.held:  # what is to come back has come
             self._policy = before.after(sample, self._passes)
         self.num_shed += max(0, before.held - self._policy.held)
-        if self._policy.held != before.held or self._held_now < len(before.sizes):
+        if self._policy.held != before.held or self._held_now < before.most:
             with suppress(LlmcadError):  # the engine is being closed
                 self._order = self._verifier.hold.remote(self._policy.held)
 

@@ -29,9 +29,16 @@ class Actors:
     verifier: Remote
     draft: Remote | None
     coordinator: Remote
+    has_ended_draft: bool = False
 
     def all(self) -> list[Remote]:
         return [a for a in (self.coordinator, self.draft, self.verifier, self.loader) if a is not None]
+
+    def end_draft(self) -> None:
+        """End the draft alone. May be called again."""
+        if self.draft is not None:
+            draft, self.draft, self.has_ended_draft = self.draft, None, True
+            draft.kill()
 
     def close(self) -> None:
         """End them. No call reaches them, or Ray, any more."""

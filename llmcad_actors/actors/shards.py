@@ -51,20 +51,23 @@ class LeasedShards:
         self._window = window
         self._leases = LeaseClient(address)
         self._pinned: dict[str, PinnedShard] = {}
-        self._pinnable: tuple[str, ...] = ()  # what was pinned at first; the large ones are held longest
+        self._pinnable: tuple[str, ...] = ()  # what may be pinned; the first are held longest
         self._wanted: frozenset[str] = frozenset()  # to be pinned again when they are next leased
 
-    def pin(self, specs: Sequence[ShardSpec]) -> int:
-        """Take the loader's prelude into private memory; returns the bytes pinned."""
+    def pin(self, specs: Sequence[ShardSpec], later: Sequence[str] = ()) -> int:
+        """Take the loader's prelude into private memory; returns the bytes pinned.
+
+        Of these, the large ones are held longest. later: what `hold` may pin besides, when there is more room.
+        """
         names = [spec.name for spec in specs]
         for name, behind in zip_longest(names, names[1:]):
             with self._lent(name, behind) as arrays:
                 self._pinned[name] = PinnedShard(arrays)
-        self._pinnable = tuple(spec.name for spec in sorted(specs, key=lambda spec: -spec.nbytes))
+        self._pinnable = (*(spec.name for spec in sorted(specs, key=lambda spec: -spec.nbytes)), *later)
         return sum(spec.nbytes for spec in specs)
 
     def hold(self, count: int) -> int:
-        """Hold `count` of the shards that were pinned at first; returns how many are held now. Between passes only.
+        """Hold `count` of the shards that may be pinned; returns how many are held now. Between passes only.
 
         Those too many are given back to the system at once, the last of the pass first: the loader, which has read
         ahead, has not come to them. Those missing are pinned when they are next leased.

@@ -23,7 +23,7 @@ def traced(file: str | os.PathLike[str] | None, actors: Actors, prepared: Prepar
         yield
         return
     writer = TraceWriter(Path(file), header_of(prepared, request))
-    collector = TraceCollector(lanes(actors), writer.write)
+    collector = TraceCollector(lambda: lanes(actors), writer.write)
     try:
         with collector:
             yield

@@ -35,6 +35,7 @@ class VerifierActor:
         names, encoder = ([spec.name for spec in specs] for specs in (layout.shards, layout.encoder))
         self._source = LeasedShards.of(loader, names, encoder)
         self._pinned = [spec for spec in layout.shards if spec.name in setup.pinned]
+        self._pinned_later = setup.pinned_later
         self._num_passes = 0
         self._recorder = Recorder("verifier", time.monotonic)
         source = TracedShards(self._source, self._recorder)
@@ -53,10 +54,10 @@ class VerifierActor:
 
     def pin(self) -> int:
         """Take the pinned shards from the loader; returns their bytes."""
-        return self._source.pin(self._pinned)
+        return self._source.pin(self._pinned, self._pinned_later)
 
     def hold(self, count: int) -> tuple[int, int]:
-        """Hold so many of the pinned shards; returns how many are held now, and the passes so far.
+        """Hold so many of the shards that may be pinned; returns how many are held now, and the passes so far.
 
         An actor does one thing at a time: this comes between passes.
         """

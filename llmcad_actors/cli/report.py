@@ -23,7 +23,7 @@ class Account:
         self._is_due = as_json
         self._pieces: list[Piece] = []
         memory = job.memory
-        self._planned = {
+        self._planned: dict[str, Any] = {
             "memory_cap_bytes": memory.cap_bytes,
             "pinned_bytes": memory.pinned_bytes,
             "window_bytes": memory.window_bytes,

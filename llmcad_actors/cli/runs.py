@@ -125,7 +125,10 @@ def stream(engine: Engine, line: StatusLine, account: Account, prompt: str, *, s
 
 
 def idle_draft(job: Prepared, stats: Stats) -> list[str]:
-    """A notice of a draft that was left out of most passes."""
+    """A notice of a draft that was ended, or left out of most passes."""
+    if stats.draft_ended:
+        held = format_size(job.draft_bytes)
+        return [f"the draft was ended: hardly a guess of it was right; its {held} hold layers of the target instead"]
     if job.draft is None or 2 * stats.undrafted_passes <= stats.target_passes:
         return []
     passes = f"{stats.undrafted_passes} of {stats.target_passes} passes"

@@ -32,6 +32,7 @@ __all__ = [
     "is_share",
     "parse_rate",
     "parse_size",
+    "pinned_besides",
     "plan",
     "smallest_cap",
 ]
@@ -130,6 +131,17 @@ def plan(inputs: BudgetInputs, cap_bytes: int) -> MemoryPlan:
     if least.total_bytes > cap_bytes:
         raise MemoryCapError(_refusal(least))
     return least
+
+
+def pinned_besides(memory: MemoryPlan, shards: Sequence[Shard], freed_bytes: int) -> tuple[str, ...]:
+    """The shards to pin besides, should `freed_bytes` of a part become free: as many as fit, evenly spread."""
+    streamed = [i for i, shard in enumerate(shards) if shard.name in memory.streamed and not shard.once]
+    room = freed_bytes + memory.spare_bytes
+    for count in range(len(streamed), 0, -1):
+        chosen = [shards[i] for i in _spread(streamed, count)]
+        if sum(shard.nbytes for shard in chosen) <= room:
+            return tuple(shard.name for shard in chosen)
+    return ()
 
 
 def smallest_cap(inputs: BudgetInputs, *, overlaps: bool = False) -> int:

@@ -56,6 +56,7 @@ class Costs:
     overlaps: bool = True  # a shard is read while another computes
     drafts_ahead: bool = False  # the draft may go on during the pass, for the next tree
     plain_compute_s: float | None = None  # computing a pass of one row, which has kernels of its own; None: as b
+    draft_memory_share: float = 0.0  # of a plain pass, that is saved once the draft's memory holds layers
 
     @property
     def plain_pass_s(self) -> float:
@@ -128,6 +129,7 @@ class CostModel:
     overlaps: bool = True  # a shard is read while another computes
     plain_compute_s: float | None = None  # of a pass of one row; None: as the line says
     num_plain: int = 0
+    draft_memory_share: float = 0.0  # as planned, see `Costs`
 
     def observe_step(self, seconds: float) -> Self:
         """One draft step."""
@@ -193,6 +195,7 @@ class CostModel:
             overlaps=self.overlaps,
             drafts_ahead=drafts_ahead,
             plain_compute_s=plain,
+            draft_memory_share=self.draft_memory_share,
         )
 
     def _seconds_per_row(self) -> float:

@@ -58,6 +58,9 @@ class Policy(Protocol):
         unseen: tokens that the draft would have to read first. left: tokens still to come.
         """
 
+    def should_end_draft(self, costs: Costs) -> bool:
+        """Whether to do without the draft for good, so that its memory can hold layers of the target."""
+
     def should_verify(self, growth: Growth, costs: Costs) -> bool:
         """Whether to hand the tree over now, or to draft one step more."""
 
@@ -81,6 +84,9 @@ class _SubmitsAll:
 
     def should_draft(self, costs: Costs, unseen: int, left: int) -> bool:
         return True
+
+    def should_end_draft(self, costs: Costs) -> bool:
+        return False
 
     def choose_nodes(self, cumulative: np.ndarray, costs: Costs) -> int:
         return len(cumulative)
@@ -184,6 +190,9 @@ class MarginalThroughput:
 
     def should_draft(self, costs: Costs, unseen: int, left: int) -> bool:
         return self.worth.should_draft(costs, unseen, left)
+
+    def should_end_draft(self, costs: Costs) -> bool:
+        return self.worth.is_useless(costs)
 
     def should_verify(self, growth: Growth, costs: Costs) -> bool:
         if growth.exhausted:

@@ -35,16 +35,26 @@ class MemorySample:
 class Shedding:
     """How many of the pinned shards are held. `after` is asked only once the last answer has been carried out."""
 
-    sizes: tuple[int, ...]  # bytes of the pinned shards; the first are held longest
+    sizes: tuple[int, ...]  # bytes of the shards that may be pinned; the first are held longest
     held: int
     changed_at: int | None = None  # pass from which the wait counts; None: from the next sample
     patience: int = PATIENCE_PASSES  # passes before one is taken back
     has_taken_back: bool = False  # since the last was given up
+    later: int = 0  # so many, the last ones, have no room yet: the draft has it
 
     @classmethod
-    def of(cls, sizes: Sequence[int]) -> Self:
-        """All are held."""
-        return cls(tuple(sizes), len(sizes))
+    def of(cls, sizes: Sequence[int], later: Sequence[int] = ()) -> Self:
+        """All of `sizes` are held. later: bytes of those that may be pinned once the draft has ended."""
+        return cls((*sizes, *later), len(sizes), later=len(later))
+
+    @property
+    def most(self) -> int:
+        """How many may be held."""
+        return len(self.sizes) - self.later
+
+    def without_draft(self) -> Self:
+        """All are to be held, now that the draft has ended."""
+        return replace(self, held=len(self.sizes), later=0, changed_at=None)
 
     def after(self, sample: MemorySample, passes: int) -> Self:
         """The successor, after `passes` passes in all.
@@ -57,7 +67,7 @@ class Shedding:
         if self.changed_at is None:
             return replace(self, changed_at=passes)
         is_calm = passes - self.changed_at >= self.patience
-        if self.held < len(self.sizes) and is_calm and sample.room >= 2 * self.sizes[self.held]:
+        if self.held < self.most and is_calm and sample.room >= 2 * self.sizes[self.held]:
             return replace(self, held=self.held + 1, changed_at=None, has_taken_back=True)
         return self
 

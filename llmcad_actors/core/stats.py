@@ -31,6 +31,7 @@ class Stats:
     shed_shards: int = 0  # pinned shards given up because memory got short
     cap_exceeded_bytes: int = 0  # how far memory use went above its cap, at most; 0: never
     undrafted_passes: int = 0  # passes without drafting: there was no draft, or it did not pay
+    draft_ended: bool = False  # hardly a guess was right: its memory holds layers of the target instead
 
     def after_pass(
         self,

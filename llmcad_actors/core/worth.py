@@ -7,6 +7,9 @@ expected to gain, drafting goes on; else it goes on as far as the credit does, a
 afforded. So a draft that is always wrong costs the first credit and a share of the time, however dear its rounds are,
 and one that is only unlucky for a few rounds is not paused.
 
+A draft that has never been right also costs its memory, which could hold layers of a streamed target. It is ended for
+that only where next to nothing came of many rounds, as it does not come back.
+
 Time is wall time: whatever makes a drafted round slow counts, also what no model of costs knows of.
 """
 
@@ -25,6 +28,10 @@ PRIOR_ROUNDS = 1.0  # that neither gained nor lost
 MOST_STEP_SHARE = 0.8  # of a plain pass, that a draft step may take
 CLEARLY = 2.5  # times the tokens per second that plain passes are thought to bring, before one was timed: beyond doubt
 MOST_HICCUPS = 8  # so many timed passes in a row were not all disturbed
+ENOUGH_ROUNDS = (
+    16  # to call a draft useless: one that is right in three rounds of ten is taken for it once in 300 times
+)
+LEAST_MEMORY_SHARE = 0.03  # of a plain pass, that the draft's memory must be worth
 LEAST_ROUNDS, ROUNDS_PER_GAIN = 4, 64  # between timed plain passes; more where drafting gains more, which they cost
 _FADING = 0.8  # of earlier drafted rounds, per round
 _NEWEST = 0.2  # weight of a new plain pass at least
@@ -62,6 +69,8 @@ class Worth:
     age: int = 0  # drafted rounds since
     credit: float = FIRST_CREDIT
     share: float = FIRST_SHARE
+    all_rounds: int = 0  # drafted ones, of late or not
+    all_right: int = 0  # guesses in them that were right
 
     def should_draft(self, costs: Costs, unseen: int, left: int) -> bool:
         """Whether to draft in this round.
@@ -79,6 +88,12 @@ class Worth:
             return reading_up_s <= gain * plain_s * left * self.rounds / self.tokens
         is_evidence = self.rounds > 1  # one round alone, the first, is none
         return (self.credit + gain >= 0 or not is_evidence) and reading_up_s <= TRIAL_SHARE * left * plain_s
+
+    def is_useless(self, costs: Costs) -> bool:
+        """Whether the draft's memory is surely worth more: not a quarter of what makes up for it has been right."""
+        share = costs.draft_memory_share
+        is_evidence = share >= LEAST_MEMORY_SHARE and self.all_rounds >= ENOUGH_ROUNDS
+        return is_evidence and self.all_right < share / 4 * self.all_rounds
 
     def after(self, done: Round) -> Self:
         return self._after_drafted(done) if done.is_drafted else self._after_plain(done.seconds)
@@ -100,6 +115,8 @@ class Worth:
             tokens=_FADING * self.tokens + done.tokens,
             seconds=_FADING * self.seconds + seconds,
             age=self.age + 1,
+            all_rounds=self.all_rounds + 1,
+            all_right=self.all_right + done.tokens - 1,
         )
         if not self.plain_s:
             return later

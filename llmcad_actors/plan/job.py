@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcad_actors.config import EngineConfig
-from llmcad_actors.core.budget import MemoryPlan, plan
+from llmcad_actors.core.budget import MemoryPlan, pinned_besides, plan
 from llmcad_actors.errors import ConfigError
 from llmcad_actors.families.families import family_of
 from llmcad_actors.families.generation_rules import first_token, stop_tokens
@@ -97,6 +97,14 @@ class Prepared:
         """Memory that the draft takes, with all that only it needs."""
         alone = self.without_draft().memory
         return self._bytes_beside_layers(self.memory) - self._bytes_beside_layers(alone)
+
+    @property
+    def pinned_later(self) -> tuple[str, ...]:
+        """Shards to pin besides, should the draft end."""
+        if self.draft is None:
+            return ()
+        shards = budget_inputs(self.config, self.target, self.layout, None, self.context).shards
+        return pinned_besides(self.memory, shards, self.draft_bytes)
 
     @staticmethod
     def _bytes_beside_layers(memory: MemoryPlan) -> int:

@@ -55,6 +55,7 @@ def verifier_spec(job: Prepared) -> VerifierSpec:
     return VerifierSpec(
         path=str(job.target.path),
         pinned=job.memory.pinned,
+        pinned_later=job.pinned_later,
         dtype=target_dtype(job.config),
         threads=job.config.threads or cores(),
         capacity=target_rows(job.config, job.context),

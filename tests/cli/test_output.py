@@ -382,3 +382,12 @@ def test_a_draft_that_was_left_out_of_most_passes_is_told_of(undrafted: int) -> 
     told = [f"the draft did not pay: 4 of 4 passes ran without it; --draft none would free {freed} for the target"]
     assert idle_draft(prepared, stats) == (told if undrafted == 4 else [])
     assert idle_draft(prepared.without_draft(), stats) == []
+
+
+def test_a_draft_that_was_ended_is_told_of() -> None:
+    prepared = make_job(bundled_target(), bundled_draft())
+    (told,) = idle_draft(prepared, replace(Stats(), target_passes=99, draft_ended=True))
+    assert told == (
+        "the draft was ended: hardly a guess of it was right; "
+        f"its {format_size(prepared.draft_bytes)} hold layers of the target instead"
+    )

@@ -13,6 +13,7 @@ from llmcad_actors.core.budget import (
     Shard,
     format_size,
     parse_size,
+    pinned_besides,
     plan,
     smallest_cap,
 )
@@ -55,6 +56,20 @@ def test_the_parts_never_exceed_the_cap(inputs: BudgetInputs, cap: int) -> None:
 def test_more_memory_never_streams_more(inputs: BudgetInputs, extra: int, more: int) -> None:
     cap = smallest_cap(inputs) + extra
     assert plan(inputs, cap + more).bytes_per_pass <= plan(inputs, cap).bytes_per_pass
+
+
+@given(budgets(), st.integers(0, 3000 * MB), st.integers(0, 1000 * MB), st.integers(0, 1000 * MB))
+def test_what_becomes_free_pins_as_many_streamed_shards_as_fit(
+    inputs: BudgetInputs, extra: int, freed: int, more: int
+) -> None:
+    split = plan(inputs, smallest_cap(inputs) + extra)
+    chosen = pinned_besides(split, inputs.shards, freed)
+    sizes = {shard.name: shard.nbytes for shard in inputs.shards}
+    assert set(chosen) <= set(split.streamed)
+    assert sum(sizes[name] for name in chosen) <= freed + split.spare_bytes
+    assert len(chosen) <= len(pinned_besides(split, inputs.shards, freed + more))
+    if len(set(sizes.values())) == 1 and len(chosen) < len(split.streamed):
+        assert (len(chosen) + 1) * inputs.shards[0].nbytes > freed + split.spare_bytes
 
 
 @given(budgets())

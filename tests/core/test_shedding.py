@@ -49,6 +49,21 @@ def test_nothing_is_taken_back_soon_or_without_room_for_two(sizes: tuple[int, ..
         state = successor
 
 
+@given(sizes=sizes, later=sizes, rooms=st.lists(st.integers(-600 * MB, 1500 * MB), max_size=60))
+def test_what_has_no_room_beside_the_draft_waits_for_its_end(
+    sizes: tuple[int, ...], later: tuple[int, ...], rooms: list[int]
+) -> None:
+    state = Shedding.of(sizes, later)
+    assert state.held == len(sizes)
+    for passes, room in enumerate(rooms):
+        state = state.after(sample(room), passes)
+        assert state.held <= len(sizes)
+    state = state.without_draft()
+    assert state.held == len(state.sizes) == len(sizes) + len(later)
+    assert state.after(sample(0), 100).held == len(state.sizes)
+    assert state.after(sample(-1), 100).held == len(state.sizes) - 1  # of `later` first
+
+
 @given(sizes=sizes, outside=st.integers(0, 8 * GB))
 def test_a_constant_shortage_ends_at_rest(sizes: tuple[int, ...], outside: int) -> None:
     """What others take stays; after the first answer nothing is given up again, whatever is taken back."""

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmcad_actors.core.costs import Costs
-from llmcad_actors.core.worth import FIRST_CREDIT, LEAST_SHARE, MOST_CREDIT, MOST_LOSS, Round, Worth, can_pay
+from llmcad_actors.core.worth import (
+    ENOUGH_ROUNDS,
+    FIRST_CREDIT,
+    LEAST_MEMORY_SHARE,
+    LEAST_SHARE,
+    MOST_CREDIT,
+    MOST_LOSS,
+    Round,
+    Worth,
+    can_pay,
+)
 
 PLAIN_S = 0.25
 COSTS = Costs(0.005, pass_read_s=0.0, pass_base_s=PLAIN_S, pass_node_s=0.01)
@@ -97,6 +107,46 @@ def test_a_draft_that_becomes_good_is_used_again() -> None:
 def test_what_is_known_carries_over_to_the_next_request() -> None:
     worth = play(Worth(), [Round(True, 1, 2 * PLAIN_S)] * 60)[0]
     assert not any(play(worth, [Round(True, 1, 2 * PLAIN_S)] * 5)[1])
+
+
+STREAMED = replace(COSTS, draft_memory_share=0.13)
+
+
+def test_a_draft_is_useless_once_many_rounds_have_shown_it_and_its_memory_would_help() -> None:
+    never_right = Round(True, 1, 1.02 * PLAIN_S)
+    worth = Worth()
+    for _ in range(ENOUGH_ROUNDS - 1):
+        worth = worth.after(never_right).after(Round(False, 1, PLAIN_S))  # what was not drafted shows nothing
+        assert not worth.is_useless(STREAMED)
+    worth = worth.after(never_right)
+    assert worth.is_useless(STREAMED)
+    assert not worth.is_useless(COSTS)
+    assert not worth.is_useless(replace(COSTS, draft_memory_share=LEAST_MEMORY_SHARE / 2))
+    assert not worth.after(replace(never_right, tokens=2)).is_useless(STREAMED)
+
+
+def test_a_draft_that_was_right_once_is_kept_through_many_rounds_that_are_not() -> None:
+    worth = Worth().after(Round(True, 5, 2 * PLAIN_S))
+    for _ in range(100):
+        worth = worth.after(Round(True, 1, 1.02 * PLAIN_S))
+        assert not worth.is_useless(STREAMED)
+
+
+@pytest.mark.parametrize(("right", "mistaken"), [(0.3, 0.02), (0.5, 0.002), (0.0, 1.0)])
+def test_a_draft_that_gains_more_than_its_memory_would_is_rarely_taken_for_useless(
+    right: float, mistaken: float
+) -> None:
+    """Each round brings a guess more with probability `right`, 100 rounds; 1000 drafts."""
+    found = 0
+    for seed in range(1000):
+        worth = Worth()
+        for hit in np.random.default_rng(seed).random(100) < right:
+            worth = worth.after(Round(True, 1 + int(hit), 1.02 * PLAIN_S))
+            if worth.is_useless(STREAMED):
+                found += 1
+                break
+    assert found / 1000 <= mistaken
+    assert right or found == 1000
 
 
 def test_by_costs_alone_a_draft_as_dear_as_the_target_is_never_tried() -> None:
