@@ -125,6 +125,24 @@ def test_a_draft_is_useless_once_many_rounds_have_shown_it_and_its_memory_would_
     assert not worth.after(replace(never_right, tokens=2)).is_useless(STREAMED)
 
 
+def test_a_draft_that_is_never_right_is_tried_beyond_the_credit_where_its_memory_is_worth_more() -> None:
+    rounds = [Round(True, 1, 1.3 * PLAIN_S)] * 60  # each loses 0.3 passes
+    assert sum(play(Worth(), rounds, COSTS)[1]) < ENOUGH_ROUNDS
+    worth = Worth()
+    for count, done in enumerate(rounds):
+        if worth.is_useless(STREAMED):
+            break
+        left = 100 - count
+        worth = worth.after(done if worth.should_draft(STREAMED, unseen=1, left=left) else Round(False, 1, PLAIN_S))
+    assert worth.is_useless(STREAMED)
+    assert count <= ENOUGH_ROUNDS + 3
+    short = replace(worth, all_rounds=4, credit=-1.0)
+    assert short.should_draft(STREAMED, unseen=1, left=20)
+    assert not short.should_draft(STREAMED, unseen=1, left=10)
+    assert not short.should_draft(COSTS, unseen=1, left=100)
+    assert not replace(short, all_right=1).should_draft(STREAMED, unseen=1, left=100)
+
+
 def test_a_draft_that_was_right_once_is_kept_through_many_rounds_that_are_not() -> None:
     worth = Worth().after(Round(True, 5, 2 * PLAIN_S))
     for _ in range(100):
@@ -132,7 +150,7 @@ def test_a_draft_that_was_right_once_is_kept_through_many_rounds_that_are_not() 
         assert not worth.is_useless(STREAMED)
 
 
-@pytest.mark.parametrize(("right", "mistaken"), [(0.3, 0.02), (0.5, 0.002), (0.0, 1.0)])
+@pytest.mark.parametrize(("right", "mistaken"), [(0.3, 0.05), (0.5, 0.004), (0.0, 1.0)])
 def test_a_draft_that_gains_more_than_its_memory_would_is_rarely_taken_for_useless(
     right: float, mistaken: float
 ) -> None:
