@@ -7,9 +7,9 @@ expected to gain, drafting goes on; else it goes on as far as the credit does, a
 afforded. So a draft that is always wrong costs the first credit and a share of the time, however dear its rounds are,
 and one that is only unlucky for a few rounds is not paused.
 
-A draft also costs its memory, which could hold layers of a streamed target. It is ended for that only where nothing came
-of ten rounds, as it does not come back. So many are made beyond the credit, too, where what its memory would save in the
-tokens to come is more than what they lose.
+A draft also costs its memory, which could hold layers of a streamed target. It is ended for that only where many rounds
+have brought less, as it does not come back. So many are made beyond the credit, too, where what the memory would save
+in the tokens to come is more than what they lose.
 
 Time is wall time: whatever makes a drafted round slow counts, also what no model of costs knows of.
 """
@@ -29,7 +29,7 @@ PRIOR_ROUNDS = 1.0  # that neither gained nor lost
 MOST_STEP_SHARE = 0.8  # of a plain pass, that a draft step may take
 CLEARLY = 2.5  # times the tokens per second that plain passes are thought to bring, before one was timed: beyond doubt
 MOST_HICCUPS = 8  # so many timed passes in a row were not all disturbed
-ENOUGH_ROUNDS = 10  # to call a draft useless; right in every other round, it is taken for it once in 1000 times
+ENOUGH_ROUNDS, ROUNDS_PER_RIGHT = 12, 6  # to call a draft useless, and more for each of its guesses that was right
 LEAST_MEMORY_SHARE = 0.03  # of a plain pass, that the draft's memory must be worth
 LEAST_ROUNDS, ROUNDS_PER_GAIN = 4, 64  # between timed plain passes; more where drafting gains more, which they cost
 _FADING = 0.8  # of earlier drafted rounds, per round
@@ -85,20 +85,29 @@ class Worth:
         gain = self._gain(plain_s)
         if gain > 0:
             return reading_up_s <= gain * plain_s * left * self.rounds / self.tokens
-        if self._is_on_trial(costs) and -gain * (ENOUGH_ROUNDS - self.all_rounds) <= costs.draft_memory_share * left:
+        trial = self._rounds_of_trial(costs)
+        if trial and -gain * trial <= costs.draft_memory_share * left:
             return True
         is_evidence = self.rounds > 1  # one round alone, the first, is none
         return (self.credit + gain >= 0 or not is_evidence) and reading_up_s <= TRIAL_SHARE * left * plain_s
 
     def is_useless(self, costs: Costs) -> bool:
-        """Whether the draft's memory is surely worth more: not a quarter of what makes up for it has been right."""
-        share = costs.draft_memory_share
-        is_evidence = share >= LEAST_MEMORY_SHARE and self.all_rounds >= ENOUGH_ROUNDS
-        return is_evidence and self.all_right < share / 4 * self.all_rounds
+        """Whether the draft's memory is surely worth more than its guesses."""
+        return self._may_be_useless(costs) and self.all_rounds >= self._enough_rounds
 
-    def _is_on_trial(self, costs: Costs) -> bool:
-        """Whether it has never been right so far, and its memory would help."""
-        return costs.draft_memory_share >= LEAST_MEMORY_SHARE and not self.all_right and self.all_rounds < ENOUGH_ROUNDS
+    def _rounds_of_trial(self, costs: Costs) -> int:
+        """Rounds that are missing until the draft may be called useless; 0: it is not, or there are enough."""
+        return max(self._enough_rounds - self.all_rounds, 0) if self._may_be_useless(costs) else 0
+
+    def _may_be_useless(self, costs: Costs) -> bool:
+        """A guess that is right saves a pass; the memory saves a share of every pass."""
+        share = costs.draft_memory_share
+        return share >= LEAST_MEMORY_SHARE and self.all_right < share * max(self.all_rounds, self._enough_rounds)
+
+    @property
+    def _enough_rounds(self) -> int:
+        """With these, a draft that is right in every other round is taken for useless once in 2000 times."""
+        return ENOUGH_ROUNDS + ROUNDS_PER_RIGHT * self.all_right
 
     def after(self, done: Round) -> Self:
         return self._after_drafted(done) if done.is_drafted else self._after_plain(done.seconds)
