@@ -28,6 +28,7 @@ SCHEMA = [
     "shed_shards",
     "cap_exceeded_bytes",
     "undrafted_passes",
+    "draft_ended",
 ]
 
 
