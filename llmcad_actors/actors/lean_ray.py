@@ -13,8 +13,10 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -104,13 +106,7 @@ class LocalRay:
     def _start(self, store_bytes: int, folder: Path, log: RayLog) -> None:
         run = {"RAY_AUTH_TOKEN": secrets.token_hex(32), VARIABLE: str(log.path)}
         self._end.callback(_read_environment)  # as it will be then: the caller's
-        with (
-            environment(ENVIRONMENT | run),
-            constants(CONSTANTS),
-            idle_agents(),
-            no_spare_daemons(),
-            uninterrupted(is_start=True),
-        ):
+        with environment(ENVIRONMENT | run), lean(), uninterrupted(is_start=True):
             _read_environment()
             self._end.callback(_shut_down, folder)
             self._end.callback(log.end)
@@ -147,7 +143,26 @@ def _shut_down(folder: Path) -> None:
     for process in family:
         with suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(family, END_TIMEOUT_S)
+    have_ended(family, END_TIMEOUT_S)
+
+
+def have_ended(processes: Sequence[psutil.Process], timeout_s: float) -> bool:
+    """Whether all end in time. One that has ended, and whose parent has not asked for its exit code, counts as ended.
+
+    (Where the parent ended first, and the machine's first process asks nobody, such processes stay in the list.)
+    """
+    deadline, left = time.monotonic() + timeout_s, list(processes)
+    while left and time.monotonic() < deadline:
+        _, left = psutil.wait_procs(left, 0.05)
+        left = [process for process in left if not _is_zombie(process)]
+    return not left
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _is_worker(process: psutil.Process) -> bool:
@@ -198,46 +213,39 @@ def speaking_to(log: RayLog) -> Iterator[None]:
 
 
 @contextmanager
-def constants(values: Mapping[str, object]) -> Iterator[None]:
-    """Ray's constants have these values inside the block."""
-    before = {name: getattr(ray_constants, name) for name in values}
-    for name, value in values.items():
-        setattr(ray_constants, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(ray_constants, name, value)
-
-
-@contextmanager
-def idle_agents() -> Iterator[None]:
-    """Inside the block, Ray starts `idle_agent.py` for the agents that nobody calls."""
-    build = services._build_python_executable_command_memory_profileable
+def lean() -> Iterator[None]:
+    """Inside the block, Ray starts what is needed here and nothing more."""
+    build, popen = services._build_python_executable_command_memory_profileable, services.ConsolePopen
 
     def command(component: str, *args: Any, **kwargs: Any) -> list[str]:
         if component in IDLE_AGENTS:
             return [sys.executable, "-I", "-S", idle_agent.__file__]
         return list(build(component, *args, **kwargs))
 
-    services._build_python_executable_command_memory_profileable = command
-    try:
+    def nothing(self: Node, **settings: object) -> None:
+        """In place of a daemon's start."""
+
+    apart = partial(popen, process_group=0)  # a signal to our group is for us: Ray is slow to end without its daemons
+    spare = [name for name in SPARE_DAEMONS if hasattr(Node, name)]  # another version may not know one of them
+    with (
+        replaced(services, {build.__name__: command, "ConsolePopen": apart}),
+        replaced(Node, dict.fromkeys(spare, nothing)),
+        replaced(ray_constants, CONSTANTS),
+    ):
         yield
-    finally:
-        services._build_python_executable_command_memory_profileable = build
 
 
 @contextmanager
-def no_spare_daemons() -> Iterator[None]:
-    """Inside the block, Ray starts without `SPARE_DAEMONS`. Another version of it may not know one of them."""
-    starts = {name: getattr(Node, name) for name in SPARE_DAEMONS if hasattr(Node, name)}
-    for name in starts:
-        setattr(Node, name, lambda self, **settings: None)
+def replaced(owner: Any, values: Mapping[str, object]) -> Iterator[None]:
+    """Attributes of `owner` have these values inside the block."""
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        for name, start in starts.items():
-            setattr(Node, name, start)
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def good_draft(folder: Path) -> Prepared:
 
 
 def random_target(folder: Path) -> Prepared:
-    """Random models, all of the target streamed from several files, in many extents; the draft is never right, and goes on."""
+    """Random models, all of the target streamed from several files, in many extents. The draft is hardly ever right."""
     target = with_template(tiny_llama(folder / "target", seed=1, max_file="100KB"), TEMPLATE)
     draft = tiny_llama(folder / "draft", seed=2, vocab=300, layers=1)
     return job(target, draft, max_nodes=6, extent_bytes=60_000, overlaps=False, fallback="adaptive")

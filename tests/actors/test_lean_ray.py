@@ -16,11 +16,12 @@ import pytest
 import ray
 
 from llmcad_actors.actors.calls import Remote, fetch
-from llmcad_actors.actors.lean_ray import ENVIRONMENT, LocalRay, _read_environment
+from llmcad_actors.actors.lean_ray import ENVIRONMENT, LocalRay, _read_environment, have_ended
 from llmcad_actors.actors.ray_check import listening
 from llmcad_actors.actors.ray_log import VARIABLE
 from llmcad_actors.doctor.examine import OK, WARNING, Report, add_ports
 from llmcad_actors.errors import ActorFailure, LlmcadError, RuntimeFailure
+from tests.actors.test_lifecycle import becomes_true
 
 STORE = 80_000_000
 DEADLINE_S = 60.0
@@ -218,3 +219,17 @@ def test_doctor_says_what_listens_and_warns_of_other_interfaces(tmp_path: Path) 
     assert (near.verdict, far.verdict) == (OK, WARNING)
     assert "3 TCP ports" in near.found
     assert "firewall" in far.advice
+
+
+def test_a_process_whose_end_nobody_asks_about_has_ended() -> None:
+    """As where the first process of a container is no `init`."""
+    parent = "import subprocess, time; print(subprocess.Popen(['true']).pid, flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            child = psutil.Process(int(process.stdout.readline()))
+            assert becomes_true(lambda: child.status() == psutil.STATUS_ZOMBIE)
+            assert have_ended([child], 30.0)
+            assert not have_ended([psutil.Process(process.pid)], 0.1)
+        finally:
+            process.kill()

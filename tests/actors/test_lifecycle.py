@@ -114,6 +114,8 @@ def test_ctrl_c_during_a_pass_closes_the_engine(memory: str) -> None:
     with driver("-c", DRIVER, str(bundled_target()), str(bundled_draft()), memory) as running:
         assert running.stdout.readline() == "a pass is under way\n"
         assert len(running.others()) > 4
+        groups = {os.getpgid(process.pid) for process in running.others()}
+        assert running.process.pid not in groups  # a signal to the command's group leaves it to end the others
         os.killpg(running.process.pid, signal.SIGINT)
         assert "closed\n" in iter(running.stdout.readline, "")
         assert becomes_true(lambda: not running.others()), running.others()
