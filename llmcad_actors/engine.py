@@ -98,8 +98,9 @@ class Engine:
         self._end.callback(watcher.close)
         self._end.callback(self._turn.close)
         sizes = {spec.name: spec.nbytes for spec in prepared.layout.shards}
-        pinned, self._later = ([sizes[n] for n in names] for names in (prepared.memory.pinned, prepared.pinned_later))
-        self._guard = Guard(actors.verifier, pinned, prepared.memory.cap_bytes, later=self._later)
+        pinned, later = ([sizes[n] for n in names] for names in (prepared.memory.pinned, prepared.pinned_later))
+        self._later_bytes = sum(later)
+        self._guard = Guard(actors.verifier, pinned, prepared.memory.cap_bytes, later=later)
         watcher.tell(self._guard.look)
         self._overrun = overrun
         self._tokenizer, self._special_tokens = text.tokenizer, text.special_tokens
@@ -399,7 +400,7 @@ class Engine:
             read_seconds=after.read_seconds - before.read_seconds,
             memory_cap_bytes=memory.cap_bytes,
             peak_memory_bytes=self._watcher.peak_bytes,
-            pinned_bytes=memory.pinned_bytes + (sum(self._later) if self._actors.has_ended_draft else 0),
+            pinned_bytes=memory.pinned_bytes + (self._later_bytes if self._actors.has_ended_draft else 0),
             window_bytes=memory.window_bytes,
             spilled_bytes=self._watcher.spilled_bytes,
             shed_shards=self._guard.num_shed - shed,
