@@ -86,10 +86,10 @@ class Worth:
         if gain > 0:
             return reading_up_s <= gain * plain_s * left * self.rounds / self.tokens
         trial = self._rounds_of_trial(costs)
-        if trial and -gain * trial <= costs.draft_memory_share * left:
-            return True
+        is_worth_a_trial = trial > 0 and -gain * trial <= costs.draft_memory_share * left
         is_evidence = self.rounds > 1  # one round alone, the first, is none
-        return (self.credit + gain >= 0 or not is_evidence) and reading_up_s <= TRIAL_SHARE * left * plain_s
+        can_be_afforded = self.credit + gain >= 0 or not is_evidence or is_worth_a_trial
+        return can_be_afforded and reading_up_s <= TRIAL_SHARE * left * plain_s
 
     def is_useless(self, costs: Costs) -> bool:
         """Whether the draft's memory is surely worth more than its guesses."""

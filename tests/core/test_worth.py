@@ -169,6 +169,7 @@ def test_a_draft_that_is_never_right_is_tried_beyond_the_credit_where_its_memory
     assert short.should_draft(STREAMED, unseen=1, left=20)
     assert not short.should_draft(STREAMED, unseen=1, left=10)
     assert not short.should_draft(COSTS, unseen=1, left=100)
+    assert not short.should_draft(replace(STREAMED, draft_step_s=PLAIN_S / 2), unseen=1000, left=100)  # to be read
     assert replace(short, all_right=1).should_draft(STREAMED, unseen=1, left=100)
     assert not replace(short, all_right=9).should_draft(STREAMED, unseen=1, left=100)
 
