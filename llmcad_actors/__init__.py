@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         TokenizerError,
         UserError,
     )
+    from llmcad_actors.requests.generation import Generation
     from llmcad_actors.results import Piece, Result, Status
 
     __version__: str
@@ -37,6 +38,7 @@ _ERRORS = (
 _HOMES = {
     "Engine": "engine",
     "EngineConfig": "config",
+    "Generation": "requests.generation",
     "LosslessCheck": "core.lossless",
     "Piece": "results",
     "Result": "results",
@@ -53,6 +55,7 @@ __all__ = [
     "EngineBusyError",
     "EngineClosedError",
     "EngineConfig",
+    "Generation",
     "LlmcadError",
     "LosslessCheck",
     "MemoryCapError",

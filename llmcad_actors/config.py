@@ -28,10 +28,12 @@ MOST = 10**6  # of what is counted
 MOST_THREADS = 4096
 MOST_BYTES = 2**40
 
-_COUNTS = dict.fromkeys(("max_nodes", "batch", "children", "depth", "prefill_chunk"), MOST) | {
+_COUNTS = dict.fromkeys(("max_queue", "batch", "children", "depth", "prefill_chunk"), MOST) | {
     "extent_bytes": MOST_BYTES
 }
 _OPTIONAL_COUNTS = {
+    "max_nodes": MOST,
+    "max_requests": 4096,
     "max_context": 10**9,
     "threads": MOST_THREADS,
     "draft_threads": MOST_THREADS,
@@ -53,9 +55,13 @@ class EngineConfig:
         None: 75%, of the demo 1.5 GB.
       dtype: compute in "float32" or "bfloat16"; "auto": float32, whatever is stored. Weights stay as they are stored.
       max_context: tokens of prompt and output to plan for; None: the model's, 2048 at most.
+      max_requests: requests that passes serve together, as far as their texts have room; None: 8. They share the room
+        of one text of max_context, or of 256 tokens for each of them where that is more. Encoder-decoder models: one.
+      max_queue: requests that may wait for their turn.
 
     How the draft drafts, and when its tree is checked:
-      max_nodes: tree nodes checked in one pass at most.
+      max_nodes: tree nodes checked in one pass at most, of all requests together; None: 128, or as many more, up to
+        512, as are computed while the disk is read anyway.
       builder: how the tree grows: "best-first" or "pacer".
       fallback: when the draft hands over: "marginal", "adaptive", "fixed-depth", "fixed-tree", "token-confidence" or
         "full-tree".
@@ -86,8 +92,10 @@ class EngineConfig:
     draft: str | None = None
     memory: str | int | None = None
     dtype: str = "auto"
-    max_nodes: int = 128
+    max_nodes: int | None = None
     max_context: int | None = None
+    max_requests: int | None = None
+    max_queue: int = 256
     builder: str = "best-first"
     fallback: str = "marginal"
     depth: int = 4
@@ -145,8 +153,10 @@ class Settings(TypedDict, total=False):
     """`EngineConfig`'s fields but target, draft and memory, as keyword arguments."""
 
     dtype: str
-    max_nodes: int
+    max_nodes: int | None
     max_context: int | None
+    max_requests: int | None
+    max_queue: int
     builder: str
     fallback: str
     depth: int
@@ -241,7 +251,8 @@ class VerifierSpec:
     pinned_later: tuple[str, ...]  # besides, once the draft has ended
     dtype: str
     threads: int
-    capacity: int  # rows of the key/value cache
+    capacity: int  # rows of the key/value cache, for texts
+    max_nodes: int  # of all trees of a pass
     prefill_chunk: int  # rows that a layer runs at a time
 
 
@@ -252,9 +263,11 @@ class DraftSpec:
     threads: int
     vocab: int
     context: int
+    rows: int  # of its key/value cache, for texts
     slots: int  # tree nodes whose keys and values the draft holds
     builder: str
     max_nodes: int
+    whole_nodes: int  # of requests whose choices look at whole rows of logits
     batch: int
     children: int
     widths: tuple[int, ...]

@@ -1,120 +1,99 @@
 """The decode loop: grow, verify, emit. Start here.
 
-    grow     the draft grows a token tree until the policy says that checking it pays; none where no drafting pays
-    verify   one pass of the target checks the whole tree; the draft goes on growing meanwhile
-    emit     the accepted path and the target's own next token go to the caller
+    schedule  requests that have come join where they have room; those that have ended give their rows back
+    grow      the draft grows a token tree for each until the policy says that checking them pays; none where none pays
+    verify    one pass of the target checks all trees; the draft goes on growing meanwhile
+    emit      the accepted paths and the target's own next tokens go to the callers
 
 Every emitted token is the target's own choice, so the draft decides only how many come out of a pass.
 """
 
 import asyncio
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
 
-from llmcad_actors.core.costs import CostModel, Costs
-from llmcad_actors.core.fallback import Policy, outcome_of
-from llmcad_actors.core.provisional import Allowance, Patience, allowance, is_worth_it
-from llmcad_actors.core.round import Grown, Submission, Verdict
-from llmcad_actors.core.stats import Stats
+from llmcad_actors.core.costs import Costs
+from llmcad_actors.core.provisional import Allowance, allowance, is_worth_it
+from llmcad_actors.core.round import Check, Grown, PassReport
+from llmcad_actors.core.rounds import NO_DRAFTING, NOTHING_AHEAD, Change, News, Rounds, Running, Step
 from llmcad_actors.core.tree import TokenTree
-from llmcad_actors.core.worth import Round
-from llmcad_actors.messages import DraftEnded, Event, Finished, Provisional, Request, Tokens
+from llmcad_actors.errors import CheckpointError, DeadlineError, LlmcadError
+from llmcad_actors.messages import DraftEnded, DraftOrder, Event, Failed, Finished, Provisional, Tokens
 from llmcad_actors.ports import Clock, Drafter, Verifier
 
-NO_TREE = Submission(TokenTree.empty(), confidence=1.0, steps=0, drafted=0, seconds=0.0, head_start=False)
-NOTHING_AHEAD = Grown(steps=0, drafted=0, can_go_on=False)
+Emit = Callable[[int, Event], None]
+"""Tells the caller of a request, by its number."""
 
 
-@dataclass(frozen=True, slots=True)
-class Learnt:
-    """What a run leaves to the next one."""
-
-    policy: Policy
-    costs: CostModel
-    patience: Patience = field(default_factory=Patience)
+class Inbox(Protocol):
+    async def take(self, *, wait: bool) -> News | None:
+        """What has come since the last call, at once or when something comes; None: nothing will come any more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unseen:
-    """What the draft has not been told of."""
+async def serve(
+    inbox: Inbox, drafter: Drafter | None, verifier: Verifier, rounds: Rounds, clock: Clock, emit: Emit
+) -> Rounds:
+    """Run requests as they come, until nothing comes any more and all have ended; returns what was learnt.
 
-    num_tokens: int = 0
-    verdicts: tuple[Verdict, ...] = ()
-
-    def plus(self, verdict: Verdict) -> "Unseen":
-        return Unseen(self.num_tokens + 1, (*self.verdicts, verdict))
-
-
-async def decode(
-    request: Request,
-    drafter: Drafter | None,
-    verifier: Verifier,
-    learnt: Learnt,
-    clock: Clock,
-    emit: Callable[[Event], None],
-) -> Learnt:
-    """Run one request to its end; returns what was learnt on the way, for the next one.
-
-    Without a drafter every pass yields one token: the plain baseline. So it goes on after `DraftEnded`, too.
+    Without a drafter every pass yields one token a request: the plain baseline. So it goes on after `DraftEnded`, too.
+    What breaks a port breaks the requests that run, and they are told.
     """
-    started, stats, left = clock.now(), Stats(), request.max_new_tokens
-    policy, costs, patience = learnt.policy, learnt.costs, learnt.patience
-    held = await verifier.begin(request.prompt, request.stop_tokens, request.max_new_tokens)
-    if drafter is not None:
-        await drafter.begin(request.prompt)
-    now, last_s, ahead, pending = started, math.inf, NOTHING_AHEAD, len(request.prompt) - 1 - held
-    unseen = Unseen(pending)
-    while True:
-        known = costs.costs(pending_rows=pending, drafts_ahead=request.provisional and not patience.is_over)
-        drafting = drafter if drafter and policy.should_draft(known, unseen.num_tokens, left) else None
-        grown = await drafting.grow(unseen.verdicts, policy, known) if drafting else NO_TREE
-        emit(Provisional(most_probable_path(grown.tree)))
-        was_ahead = ahead.steps > 0
-        may_help = is_worth_it(known, len(grown.tree))
-        allowed = allowance(float(known.pass_seconds(len(grown.tree))), known.draft_step_s, last_s)
-        verdict, ahead = await verify_while_growing(
-            grown.tree, verifier, drafting if may_help else None, allowed, clock
-        )
+    rounds = rounds if drafter else rounds.without_draft()
+    while (news := await inbox.take(wait=rounds.is_idle)) is not None or not rounds.is_idle:
+        rounds, change = rounds.schedule(news or News(), clock.now())
+        for number in change.late:
+            emit(number, Failed.of(DeadlineError("the request waited for longer than it was given; ask again later")))
+        try:
+            rounds = await run_round(rounds, change, drafter, verifier, clock, emit)
+        except LlmcadError as error:
+            for each in rounds.running:
+                emit(each.number, Failed.of(error))
+            rounds = rounds.without_running() if rounds.running else replace(rounds, ended=())
+    return rounds
 
-        before, now, last_s = now, clock.now(), verdict.stats.seconds
-        ids = new_tokens(grown.tree, verdict)[:left]
-        policy = policy.after(outcome_of(grown.tree, verdict.path, grown.confidence))
-        if drafting or not known.pending_rows:
-            policy = policy.after_round(round_of(grown, drafting is not None, len(ids), now - before, known))
-        costs = costs.after(grown, verdict)
-        patience = patience.after(last_s, ahead.late_s)
-        unseen = (Unseen() if drafting else unseen).plus(verdict)
-        stopped = verdict.stopped and len(ids) == len(verdict.path) + 1  # the stop token itself was not cut off
-        left, pending = left - len(ids), 0
-        stats = stats.after_pass(
-            seconds=now - started,
-            new_tokens=len(ids),
-            draft_steps=grown.steps + ahead.steps,
-            drafted_tokens=grown.drafted + ahead.drafted,
-            verified_nodes=len(grown.tree),
-            accepted_tokens=len(verdict.path),
-            is_hit=grown.head_start if was_ahead and drafting else None,
-            compute_s=verdict.stats.compute_s,
-            stall_s=verdict.stats.stall_s,
-            is_drafted=drafting is not None,
-        )
-        if drafter and policy.should_end_draft(known):
-            drafter = None
-            emit(DraftEnded())
-        emit(Tokens(ids, stats))
-        if stopped or left == 0:
-            emit(Finished("stop" if stopped else "length", stats))
-            return Learnt(policy, costs, patience)
+
+async def run_round(
+    rounds: Rounds, change: Change, drafter: Drafter | None, verifier: Verifier, clock: Clock, emit: Emit
+) -> Rounds:
+    """One round of the requests that run now."""
+    if change:
+        rounds = rounds.begun(await verifier.change(change.ended, change.joined))
+    if not rounds.running:
+        return rounds
+    began, checks = clock.now(), rounds.checks()
+    known = rounds.costs_of(checks)
+    drafted = rounds.drafted(checks, known)
+    drafting = await drafter.grow(order_of(rounds, drafted, known)) if drafter and drafted else NO_DRAFTING
+    for number, grown in drafting.trees.items():
+        checks[number] = replace(checks[number], tree=grown.tree)
+    for number, check in checks.items():
+        emit(number, Provisional(most_probable_path(check.tree)))
+    may_help = drafting.trees and is_worth_it(known, drafting.num_nodes)
+    allowed = allowance(float(known.pass_seconds(drafting.num_nodes)), known.draft_step_s, rounds.last_s)
+    report, ahead = await verify_while_growing(
+        list(checks.values()), verifier, drafter if may_help else None, allowed, clock
+    )
+    now = clock.now()
+    rounds, steps = rounds.after(checks, known, drafting, report, ahead, seconds=now - began, now=now)
+    if rounds.has_draft and rounds.policy.should_end_draft(known):
+        rounds = rounds.without_draft()
+        for step in steps:
+            emit(step.running.number, DraftEnded())
+    for step in steps:
+        emit_step(step, emit)
+    for number, why in report.refused.items():
+        emit(number, Failed.of(CheckpointError(why)))
+    return rounds
 
 
 async def verify_while_growing(
-    tree: TokenTree, verifier: Verifier, drafter: Drafter | None, allowed: Allowance, clock: Clock
-) -> tuple[Verdict, Grown]:
-    """One pass; while it runs, the draft grows beyond the submitted tree, slice by slice, as far as `allowed`."""
+    checks: Sequence[Check], verifier: Verifier, drafter: Drafter | None, allowed: Allowance, clock: Clock
+) -> tuple[PassReport, Grown]:
+    """One pass; while it runs, the draft grows beyond the submitted trees, slice by slice, as far as `allowed`."""
 
-    async def check() -> tuple[Verdict, float]:
-        return await verifier.verify(tree), clock.now()
+    async def check() -> tuple[PassReport, float]:
+        return await verifier.verify(checks), clock.now()
 
     ahead, checking = NOTHING_AHEAD, asyncio.ensure_future(check())
     began, slice_s = clock.now(), 0.0
@@ -124,22 +103,28 @@ async def verify_while_growing(
             slice_s = clock.now() - since
             if not ahead.can_go_on or checking.done():
                 break
-        verdict, ended = await checking
-        return verdict, replace(ahead, late_s=clock.now() - ended)
+        report, ended = await checking
+        return report, replace(ahead, late_s=clock.now() - ended)
     finally:
         checking.cancel()
 
 
-def round_of(grown: Submission, is_drafted: bool, tokens: int, seconds: float, costs: Costs) -> Round:
-    """What the policy hears of a round. A pass that ran a prompt counts as what it is thought to take without."""
-    if costs.pending_rows:
-        seconds = grown.seconds + float(costs.without_prompt().pass_seconds(len(grown.tree)))
-    return Round(is_drafted, tokens, seconds, grown.catch_up_s)
+def order_of(rounds: Rounds, drafted: Sequence[Running], known: Costs) -> DraftOrder:
+    """Trees for the requests `drafted`, and all that the draft has to know for them."""
+    return DraftOrder(
+        joined={each.number: each.request for each in drafted if not each.is_known},
+        ended=rounds.ended_for_draft,
+        verdicts={each.number: each.verdicts for each in drafted},
+        policy=rounds.policy,
+        costs=known,
+    )
 
 
-def new_tokens(tree: TokenTree, verdict: Verdict) -> tuple[int, ...]:
-    """What a pass yields: the accepted path and the target's own next token."""
-    return (*tree.tokens[list(verdict.path)].tolist(), verdict.bonus)
+def emit_step(step: Step, emit: Emit) -> None:
+    number, stats = step.running.number, step.running.stats
+    emit(number, Tokens(step.ids, stats, step.verdict.logprobs[: len(step.ids)]))
+    if step.reason:
+        emit(number, Finished(step.reason, stats))
 
 
 def most_probable_path(tree: TokenTree) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, cast
@@ -14,26 +14,24 @@ import numpy as np
 import llmcad_actors.errors as errors
 from llmcad_actors.config import DraftSpec, LoaderSpec, VerifierSpec
 from llmcad_actors.core.calibration import Calibration
+from llmcad_actors.core.choosing import Choosing, TokenLogprobs
 from llmcad_actors.core.costs import CostModel, Costs
-from llmcad_actors.core.fallback import AdaptiveConfidence, FixedDepth, FixedTree, MarginalThroughput, TokenConfidence
+from llmcad_actors.core.fallback import (
+    AdaptiveConfidence,
+    FixedDepth,
+    FixedTree,
+    MarginalThroughput,
+    Policy,
+    TokenConfidence,
+)
 from llmcad_actors.core.quoting import quoted, shown
-from llmcad_actors.core.round import Grown, PassStats, Submission, Verdict
+from llmcad_actors.core.request import Request
+from llmcad_actors.core.round import Check, Drafting, Grown, PassReport, PassStats, Submission, Verdict
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.trace import TraceBatch
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.core.worth import Worth
 from llmcad_actors.errors import LlmcadError, RuntimeFailure
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt to continue."""
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    stop_tokens: tuple[int, ...]
-    speculate: bool = True  # False: one token a pass, the plain baseline
-    provisional: bool = True  # go on drafting while a pass runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +53,17 @@ class StreamShards:
     """From now on the loader reads these, in the order of the pass."""
 
     shards: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftOrder:
+    """What the draft is told when trees are asked for: all that has happened since the last time."""
+
+    joined: Mapping[int, Request]  # requests that the draft does not know
+    ended: tuple[int, ...]  # requests that it knows, and need not any more
+    verdicts: Mapping[int, tuple[Verdict, ...]]  # of the requests that want a tree, of all passes since their last one
+    policy: Policy
+    costs: Costs
 
 
 Place = tuple[str, int, int]
@@ -87,6 +96,7 @@ class Tokens:
 
     ids: tuple[int, ...]
     stats: Stats
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of each, if they were asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +142,24 @@ Event = Tokens | Provisional | DraftEnded | Finished | Failed
 
 _SPECS = (LoaderSpec, VerifierSpec, DraftSpec)
 _POLICIES = (AdaptiveConfidence, FixedDepth, FixedTree, MarginalThroughput, TokenConfidence)
-_ROUNDS = (Request, Submission, Grown, PassStats, Verdict, Tokens, Provisional, DraftEnded, Finished, Failed)
+_REQUESTS = (Request, Choosing, TokenLogprobs, Tokens, Provisional, DraftEnded, Finished, Failed)
+_ROUNDS = (Submission, Drafting, DraftOrder, Grown, Check, PassStats, Verdict, PassReport)
 _LEASES = (AskShard, EndLease, StreamShards, Lease, ReadingProgress)
 _KINDS = {
     kind.__name__: kind
-    for kind in (*_ROUNDS, *_LEASES, *_SPECS, *_POLICIES, Stats, Costs, CostModel, Calibration, Worth, TraceBatch)
+    for kind in (
+        *_REQUESTS,
+        *_ROUNDS,
+        *_LEASES,
+        *_SPECS,
+        *_POLICIES,
+        Stats,
+        Costs,
+        CostModel,
+        Calibration,
+        Worth,
+        TraceBatch,
+    )
 }
 """What crosses, by the name that stands in bytes and files: a class may move, its name stays."""
 

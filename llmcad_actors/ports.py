@@ -1,4 +1,7 @@
-"""What the decode loop and the models ask of the world. Small protocols; the fakes in tests/ are real classes."""
+"""What the decode loop and the models ask of the world. Small protocols; the fakes in tests/ are real classes.
+
+Requests go by their numbers, which are given once and never again.
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -6,40 +9,36 @@ from typing import Protocol
 
 import numpy as np
 
-from llmcad_actors.core.costs import Costs
-from llmcad_actors.core.fallback import Policy
-from llmcad_actors.core.round import Grown, Submission, Verdict
-from llmcad_actors.core.tree import TokenTree
+from llmcad_actors.core.request import Request
+from llmcad_actors.core.round import Check, Drafting, Grown, PassReport
+from llmcad_actors.messages import DraftOrder
 
 
 class Drafter(Protocol):
-    """Grows token trees with the draft model."""
+    """Grows token trees with the draft model, those of all requests in shared steps."""
 
-    async def begin(self, prompt: tuple[int, ...]) -> None:
-        """Start on a prompt; whatever was grown before is dropped. Nothing is run before a tree is asked for."""
+    async def grow(self, order: DraftOrder) -> Drafting:
+        """Commit the verdicts, grow until the policy says verify, and hand over the trees.
 
-    async def grow(self, verdicts: Sequence[Verdict], policy: Policy, costs: Costs) -> Submission:
-        """Commit `verdicts`, grow until `policy` says verify, and hand over the tree.
-
-        verdicts: of all passes since the last call, or since the start. The first is of the tree that was handed over
-        then, if one was; the others are of passes that had no tree, and are caught up with.
+        The first verdict of a request is of the tree that was handed over last, if one was; the others are of passes
+        that had no tree, and are caught up with.
         """
 
     async def extend(self) -> Grown:
-        """Grow provisionally for a few steps, beyond the tree that is being verified."""
+        """Grow provisionally for a few steps, beyond the trees that are being verified."""
 
 
 class Verifier(Protocol):
     """Checks token trees with the target model."""
 
-    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...], max_new_tokens: int) -> int:
-        """Start on a prompt; returns how many of its tokens need no computing, as they were part of the last text.
+    async def change(self, ended: Sequence[int], joined: Mapping[int, Request]) -> Mapping[int, int]:
+        """Free the rows of requests that have ended, then begin those that join.
 
-        Only a target that forces its last token looks at `max_new_tokens`.
+        Returns how many tokens of each joined prompt need no computing, as they are part of a text that is held.
         """
 
-    async def verify(self, tree: TokenTree) -> Verdict:
-        """One pass over `tree`. The accepted path and the bonus token are committed."""
+    async def verify(self, checks: Sequence[Check]) -> PassReport:
+        """One pass. The accepted paths and the bonus tokens are committed."""
 
 
 class ShardSource(Protocol):

@@ -1,8 +1,10 @@
 """What the engine gives to its caller."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from llmcad_actors.core.choosing import Choosing, TokenLogprobs
 from llmcad_actors.core.stats import Stats
 
 
@@ -13,6 +15,7 @@ class Piece:
     text: str
     token_ids: tuple[int, ...]
     provisional: bool = False
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of each token, if they were asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,17 +24,33 @@ class Result:
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: str  # "stop" | "length"; of `--json` also "error" | "interrupted"
+    finish_reason: str  # "stop" | "length" | "cancelled"; of `--json` also "error" | "interrupted"
     stats: Stats
+    seed: int | None = None  # that a sampled text depends on; None: it was not sampled
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # of each token, if they were asked for
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON schema: text, token_ids, finish_reason, stats."""
-        return asdict(self)
+        """The JSON schema: text, token_ids, finish_reason, stats, and where they were asked for, seed and logprobs."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def put_together(pieces: Sequence[Piece], finish_reason: str, stats: Stats, choosing: Choosing) -> Result:
+    """A request's pieces as its result."""
+    accepted = [piece for piece in pieces if not piece.provisional]
+    logprobs = tuple(each for piece in accepted for each in piece.logprobs)
+    return Result(
+        "".join(piece.text for piece in accepted),
+        tuple(i for piece in accepted for i in piece.token_ids),
+        finish_reason,
+        stats,
+        choosing.seed if choosing.is_sampled else None,
+        None if choosing.logprobs is None else logprobs,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Where a running request is, for a status line."""
+    """Where the engine is, for a status line: the latest request's figures."""
 
     shard: str
     shard_index: int

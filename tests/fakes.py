@@ -14,13 +14,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmcad_actors.core.acceptance import walk
+from llmcad_actors.core.best_first import BestFirst
+from llmcad_actors.core.choosing import GREEDY, Choosing
 from llmcad_actors.core.costs import Costs
 from llmcad_actors.core.fallback import AdaptiveConfidence, Outcome, Policy
-from llmcad_actors.core.round import Grown, PassStats, Submission, Verdict
+from llmcad_actors.core.growth import TreeBuilder
+from llmcad_actors.core.request import Request
+from llmcad_actors.core.round import Check, Drafting, Grown, PassReport, PassStats, Submission, Verdict
+from llmcad_actors.core.rounds import Arrival, News, Rounds
 from llmcad_actors.core.tree import ROOT, TokenTree
-from llmcad_actors.errors import DeadlineError
-from llmcad_actors.models.draft import Draft
-from llmcad_actors.models.target import Target
+from llmcad_actors.errors import CheckpointError, DeadlineError
+from llmcad_actors.loop import serve
+from llmcad_actors.messages import DraftOrder, Event, Failed
+from llmcad_actors.models.draft import Candidates, Draft, DraftModel, Rows
+from llmcad_actors.models.draft import Text as DraftText
+from llmcad_actors.models.target import Target, Text
+from llmcad_actors.ports import Clock, Drafter, Verifier
 from llmcad_actors.storage.layout import Layout
 from llmcad_actors.storage.reader import read_bytes
 
@@ -64,33 +73,53 @@ class MemoryShards:
 class FunctionVerifier:
     """A `Verifier` whose target is a function. A pass takes `turns` turns of the event loop, and says `seconds`."""
 
-    def __init__(self, choose: Choose, *, turns: int = 0, seconds: float = 100.0) -> None:
+    def __init__(self, choose: Choose, *, turns: int = 0, seconds: float = 100.0, held: int = 0) -> None:
+        """held: tokens of every prompt that need no computing."""
         self._choose = choose
         self._turns = turns
         self._seconds = seconds
-        self._tokens: Tokens = ()
-        self._stop: frozenset[int] = frozenset()
+        self._held = held
+        self._missing: dict[int, int] = {}  # tokens of prompts that have not been run
+        self.texts: dict[int, tuple[Tokens, frozenset[int]]] = {}
         self.trees: list[TokenTree] = []
+        self.passes: list[list[Check]] = []
         self.num_running = 0
 
-    async def begin(self, prompt: Tokens, stop_tokens: Tokens, max_new_tokens: int) -> int:
-        self._tokens, self._stop = prompt, frozenset(stop_tokens)
-        return 0
+    async def change(self, ended: Sequence[int], joined: Mapping[int, Request]) -> Mapping[int, int]:
+        for number in ended:
+            del self.texts[number]
+        for number, request in joined.items():
+            assert number not in self.texts
+            self.texts[number] = request.prompt, frozenset(request.stop_tokens)
+            self._missing[number] = len(request.prompt) - 1 - self._held
+        return dict.fromkeys(joined, self._held)
 
-    async def verify(self, tree: TokenTree) -> Verdict:
-        self.trees.append(tree)
+    async def verify(self, checks: Sequence[Check]) -> PassReport:
+        assert {check.number for check in checks} == self.texts.keys()
+        self.trees += [check.tree for check in checks]
+        self.passes.append(list(checks))
         self.num_running += 1
         try:
             for _ in range(self._turns):
                 await asyncio.sleep(0)
         finally:
             self.num_running -= 1
-        choices = [self._choose((*self._tokens, *tokens_to(tree, node))) for node in range(ROOT, len(tree))]
-        accepted = walk(tree, choices, self._stop)
-        self._tokens += accepted.emitted(tree)
+        rows = sum(len(check.tree) + 1 for check in checks)
         seconds = self._seconds
-        stats = PassStats(seconds, stall_s=0.75 * seconds, compute_s=0.25 * seconds, rows=len(tree) + 1)
-        return Verdict(accepted.path, accepted.bonus, accepted.stopped, stats)
+        stats = PassStats(seconds, stall_s=0.75 * seconds, compute_s=0.25 * seconds, rows=rows)
+        return PassReport(stats, {c.number: found for c in checks if (found := self._judge(c)) is not None})
+
+    def _judge(self, check: Check) -> Verdict | None:
+        if check.most_prompt is not None and self._missing[check.number] > check.most_prompt:
+            assert not len(check.tree)
+            self._missing[check.number] -= check.most_prompt
+            return None
+        self._missing[check.number] = 0
+        (tokens, stop), tree = self.texts[check.number], check.tree
+        choices = [self._choose((*tokens, *tokens_to(tree, node))) for node in range(ROOT, len(tree))]
+        accepted = walk(tree, choices, stop)
+        self.texts[check.number] = (*tokens, *accepted.emitted(tree)), stop
+        return Verdict(accepted.path, accepted.bonus, accepted.stopped)
 
 
 class FunctionDrafter:
@@ -100,26 +129,39 @@ class FunctionDrafter:
         self._propose = propose
         self._slices = slices
         self._ahead = 0
-        self._tree = TokenTree.empty()
-        self.tokens: Tokens = ()
+        self.texts: dict[int, Tokens] = {}
+        self._trees: dict[int, TokenTree] = {}
 
-    async def begin(self, prompt: Tokens) -> None:
-        self.tokens, self._tree, self._ahead = prompt, TokenTree.empty(), 0
-
-    async def grow(self, verdicts: Sequence[Verdict], policy: Policy, costs: Costs) -> Submission:
-        for verdict in verdicts:
-            self.tokens += (*self._tree.tokens[list(verdict.path)].tolist(), verdict.bonus)
-            self._tree = TokenTree.empty()
+    async def grow(self, order: DraftOrder) -> Drafting:
+        for number in order.ended:
+            del self.texts[number]
+        self.texts |= {number: request.prompt for number, request in order.joined.items()}
         head_start, self._ahead = self._ahead > 0, 0
-        self._tree = self._propose(self.tokens)
-        return Submission(
-            self._tree, confidence=0.5, steps=1, drafted=len(self._tree), seconds=0.5, head_start=head_start
-        )
+        for number, verdicts in order.verdicts.items():
+            tree = self._trees.get(number, TokenTree.empty())
+            for verdict in verdicts:
+                self.texts[number] += (*tree.tokens[list(verdict.path)].tolist(), verdict.bonus)
+                tree = TokenTree.empty()
+            self._trees[number] = self._propose(self.texts[number])
+        trees = {number: Submission(self._trees[number], head_start) for number in order.verdicts}
+        drafted = sum(len(grown.tree) for grown in trees.values())
+        return Drafting(trees, confidence=0.5, steps=1, drafted=drafted, seconds=0.5)
 
     async def extend(self) -> Grown:
         await asyncio.sleep(0)
         self._ahead += 1
         return Grown(steps=1, drafted=2, can_go_on=self._ahead < self._slices)
+
+
+class Script:
+    """An `Inbox`: the news before each round, in order; then, while anything runs, nothing; then the end."""
+
+    def __init__(self, *news: News) -> None:
+        self._news = list(news)
+
+    async def take(self, *, wait: bool) -> News | None:
+        await asyncio.sleep(0)
+        return self._news.pop(0) if self._news else None
 
 
 @dataclass(frozen=True)
@@ -152,11 +194,13 @@ class LocalVerifier:
     def __init__(self, target: Target) -> None:
         self._target = target
 
-    async def begin(self, prompt: Tokens, stop_tokens: Tokens, max_new_tokens: int) -> int:
-        return self._target.begin(prompt, stop_tokens, max_new_tokens)
+    async def change(self, ended: Sequence[int], joined: Mapping[int, Request]) -> Mapping[int, int]:
+        for number in ended:
+            self._target.end(number)
+        return {number: self._target.begin(number, request) for number, request in joined.items()}
 
-    async def verify(self, tree: TokenTree) -> Verdict:
-        return await asyncio.to_thread(self._target.verify, tree)
+    async def verify(self, checks: Sequence[Check]) -> PassReport:
+        return await asyncio.to_thread(self._target.verify, checks)
 
 
 class LocalDrafter:
@@ -166,15 +210,120 @@ class LocalDrafter:
         self._draft = draft
         self._slice_steps = slice_steps
 
-    async def begin(self, prompt: Tokens) -> None:
-        self._draft.begin(prompt)
-
-    async def grow(self, verdicts: Sequence[Verdict], policy: Policy, costs: Costs) -> Submission:
-        return self._draft.grow(verdicts, policy, costs)
+    async def grow(self, order: DraftOrder) -> Drafting:
+        return self._draft.grow(order)
 
     async def extend(self) -> Grown:
         await asyncio.sleep(0)
         return self._draft.extend(self._slice_steps)
+
+
+class OneText:
+    """A target with one request at a time, as most tests need it."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._number = 0
+        self.stats = PassStats(0.0, 0.0, 0.0, 0)  # of the last pass
+
+    def begin(
+        self,
+        prompt: Sequence[int],
+        stop_tokens: Sequence[int] = (),
+        count: int | None = None,
+        choosing: Choosing = GREEDY,
+    ) -> int:
+        """The last one ends; returns the tokens of the prompt that the cache holds. count: None: all that has room."""
+        self.target.end(self._number)
+        self._number += 1
+        if count is None:
+            count = max(1, self.target._arena.capacity - len(prompt))
+        request = Request(tuple(prompt), count, tuple(stop_tokens), choosing=choosing)
+        return self.target.begin(self._number, request)
+
+    @property
+    def layout(self) -> Layout:
+        return self.target.layout
+
+    @property
+    def text(self) -> Text:
+        return self.target._shelf.texts[self._number]
+
+    def verify(self, tree: TokenTree) -> Verdict:
+        """Raises `CheckpointError` where the request is refused."""
+        report = self.target.verify([Check(self._number, tree)])
+        for why in report.refused.values():
+            raise CheckpointError(why)
+        self.stats = report.stats
+        return report.verdicts[self._number]
+
+
+@dataclass(frozen=True)
+class OneGrown:
+    """What `OneDraft` grew."""
+
+    tree: TokenTree
+    head_start: bool
+    steps: int
+    drafted: int
+    seconds: float
+    catch_up_s: float
+
+
+class OneDraft:
+    """A draft with one request at a time."""
+
+    def __init__(self, draft: Draft) -> None:
+        self.draft = draft
+        self._number = 0
+        self._joined: dict[int, Request] = {}
+        self._ended: tuple[int, ...] = ()
+
+    def begin(self, prompt: Sequence[int], choosing: Choosing = GREEDY) -> None:
+        self._ended = (self._number,)
+        self._number += 1
+        self._joined = {self._number: Request(tuple(prompt), 40, (), choosing=choosing)}
+
+    @property
+    def builder(self) -> TreeBuilder:
+        return self.draft._shelf.texts[self._number].builder
+
+    def grow(self, verdicts: Sequence[Verdict], policy: Policy, costs: Costs) -> OneGrown:
+        order = DraftOrder(self._joined, self._ended, {self._number: tuple(verdicts)}, policy, costs)
+        self._joined, self._ended = {}, ()
+        found = self.draft.grow(order)
+        grown = found.trees[self._number]
+        return OneGrown(grown.tree, grown.head_start, found.steps, found.drafted, found.seconds, found.catch_up_s)
+
+    def extend(self, max_steps: int) -> Grown:
+        return self.draft.extend(max_steps)
+
+
+def run_prefix(model: DraftModel, prompt: Sequence[int]) -> Candidates:
+    """The candidates after a prompt, which an unused draft model begins with and runs at once."""
+    tokens = np.array(model.begin(prompt), np.int64)
+    text = DraftText(Request(tuple(prompt), 1, ()), BestFirst(1), tokens.tolist(), model.arena.take(0), 0, None)
+    return model.run([Rows(text, tokens, np.arange(len(tokens)))])[0]
+
+
+async def decode(
+    request: Request,
+    drafter: Drafter | None,
+    verifier: Verifier,
+    rounds: Rounds,
+    clock: Clock,
+    emit: Callable[[Event], None],
+) -> Rounds:
+    """One request, served to its end. Raises what broke it."""
+
+    def tell(number: int, event: Event) -> None:
+        if isinstance(event, Failed):
+            raise event.as_error()
+        emit(event)
+
+    news = News((Arrival(1, request, clock.now()),))
+    fresh = replace(rounds, ended_for_draft=(), has_draft=True)  # as the ports are
+    return await serve(Script(news), drafter, verifier, fresh, clock, tell)
 
 
 def silent(tokens: Tokens) -> TokenTree:

@@ -4,6 +4,7 @@ The loader's actor, the window in Ray's store, the leases and the verifier's cla
 draft and the loop run in this process, and one loader process serves job after job.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from llmcad_actors.actors.calls import fetch
 from llmcad_actors.actors.lean_ray import LocalRay
 from llmcad_actors.actors.loader import LoaderActor
 from llmcad_actors.actors.verifier import VerifierActor
-from llmcad_actors.core.round import Verdict
-from llmcad_actors.core.tree import TokenTree
+from llmcad_actors.core.request import Request
+from llmcad_actors.core.round import Check, PassReport
 from llmcad_actors.messages import ReadingProgress, pack, unpack
 from llmcad_actors.plan.job import Prepared
 from llmcad_actors.plan.specs import loader_spec, verifier_spec
@@ -38,12 +39,13 @@ class ActorVerifier:
     def __init__(self, actor: VerifierActor) -> None:
         self._actor = actor
 
-    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...], max_new_tokens: int) -> int:
-        return self._actor.begin(pack(prompt), pack(stop_tokens), max_new_tokens)
+    async def change(self, ended: Sequence[int], joined: Mapping[int, Request]) -> Mapping[int, int]:
+        held: Mapping[int, int] = unpack(self._actor.change(pack((tuple(ended), dict(joined)))))
+        return held
 
-    async def verify(self, tree: TokenTree) -> Verdict:
-        verdict: Verdict = unpack(self._actor.verify(pack(tree)))
-        return verdict
+    async def verify(self, checks: Sequence[Check]) -> PassReport:
+        report: PassReport = unpack(self._actor.verify(pack(tuple(checks))))
+        return report
 
 
 class Streaming:

@@ -246,7 +246,7 @@ def test_a_value_that_only_transformers_looks_at(key: str, value: object, model:
         build_skeleton(model, torch.float32)
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="transformers cannot build the model of"):
-        DraftModel(model, dtype=torch.float32, vocab=BYTE_VOCAB, context=16, slots=4, children=2)
+        DraftModel(model, dtype=torch.float32, vocab=BYTE_VOCAB, rows=16, slots=4, children=2)
 
 
 SPOILT_FIGURES: dict[tuple[str, str], tuple[Any, ...]] = {

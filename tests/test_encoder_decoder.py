@@ -17,6 +17,7 @@ from llmcad_actors.core.acceptance import walk
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import FixedTree
 from llmcad_actors.core.fixed_expansion import FixedExpansion
+from llmcad_actors.core.round import Check
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError, ConfigError
 from llmcad_actors.families.families import family_of
@@ -28,7 +29,7 @@ from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import layout_of
 from tests.actors.engines import job
 from tests.encoder_decoder_cases import BART, CASES, ONE_EACH, T5, Case, PlainPair, plain_pair
-from tests.fakes import Scripted, tokens_to
+from tests.fakes import OneDraft, Scripted, tokens_to
 from tests.models.checkpoints import target_of
 from tests.plain import encode
 from tests.streamed import Streaming
@@ -132,8 +133,8 @@ def test_a_draft_proposes_what_its_model_says(saved: Saved, name: str) -> None:
     """Node by node: a node's position is its depth's."""
     path = saved.target(name)
     plain = plain_pair(path)
-    model = DraftModel(path, dtype=torch.float32, vocab=BYTE_VOCAB, context=128, slots=64, children=4)
-    draft = Draft(model, FixedExpansion((2, 2, 2, 1), batch=3), batch=3, max_positions=128)
+    model = DraftModel(path, dtype=torch.float32, vocab=BYTE_VOCAB, rows=128, slots=64, children=4)
+    draft = OneDraft(Draft(model, FixedExpansion((2, 2, 2, 1), batch=3), batch=3, max_positions=128))
     for length in (1, 30):
         prompt = random_ids(length, seed=length)
         draft.begin(prompt)
@@ -171,7 +172,8 @@ def test_a_node_stands_at_its_depth_wherever_it_is_among_the_rows(saved: Saved, 
         parent = len(tree) - 4
     target.begin(prompt, ())
     with torch.inference_mode():
-        found = target._logits(target._forward([plain.start], tree)).log_softmax(-1).numpy()
+        parts = target.target._parts([Check(1, tree)])
+        found = target.target._logits(target.target._forward(parts)).log_softmax(-1).numpy()
     paths = [tokens_to(tree, node) for node in range(-1, len(tree))]
     theirs = np.array([plain.logprobs(prompt, path) for path in paths])
     exact = np.array([plain.in_float64(prompt, path) for path in paths])
@@ -226,7 +228,7 @@ def test_what_is_kept_of_a_prompt_takes_what_the_plan_says(saved: Saved, name: s
     target, _ = target_of(path)
     target.begin(random_ids(17, seed=1), ())
     target.verify(TokenTree.empty())
-    stack = target._stack
+    stack = target.target._stack
     assert isinstance(stack, EncoderDecoder) and stack._encoded is not None
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in stack._cross.layers) + stack._encoded.nbytes
     assert kept == encoded_bytes(Checkpoint.open(path).config, 17, 4)

@@ -14,13 +14,13 @@ from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import FixedTree
 from llmcad_actors.core.fixed_expansion import FixedExpansion
-from llmcad_actors.core.round import PassStats, Verdict
+from llmcad_actors.core.round import Verdict
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError, ConfigError
 from llmcad_actors.models.draft import Draft, DraftModel
 from llmcad_actors.models.masks import SLIDING, SlidingWindows
 from llmcad_actors.plan.prepare import prepare
-from tests.fakes import tokens_to
+from tests.fakes import OneDraft, tokens_to
 from tests.family_cases import CASES, EXPERTS, GROUPED, IDS, LONGROPE, WINDOW, Case
 from tests.models.checkpoints import target_of
 from tests.plain import Plain, encode
@@ -109,9 +109,9 @@ def test_a_draft_proposes_what_its_model_says(saved: Saved, name: str) -> None:
     """Node by node, also where branches leave a window."""
     path = saved.target(name)
     plain = Plain.of(path)
-    model = DraftModel(path, dtype=torch.float32, vocab=BYTE_VOCAB, context=128, slots=64, children=4)
+    model = DraftModel(path, dtype=torch.float32, vocab=BYTE_VOCAB, rows=128, slots=64, children=4)
+    draft = OneDraft(Draft(model, FixedExpansion((2, 2, 2, 1), batch=3), batch=3, max_positions=128))
     for length in (EDGE[0], EDGE[-1], 3 * WINDOW) if CASES[name].window else (3 * WINDOW,):
-        draft = Draft(model, FixedExpansion((2, 2, 2, 1), batch=3), batch=3, max_positions=128)
         prompt = random_ids(length, seed=length)
         draft.begin(prompt)
         tree = draft.grow((), FixedTree(), CostModel().costs()).tree
@@ -155,8 +155,8 @@ def test_a_tree_may_be_deeper_than_the_window(saved: Saved, name: str) -> None:
 def test_so_may_a_drafts_and_what_was_committed_keeps_its_positions(saved: Saved, name: str) -> None:
     path = saved.target(name)
     plain, rng = Plain.of(path), np.random.default_rng(1)
-    model = DraftModel(path, dtype=torch.float32, vocab=BYTE_VOCAB, context=192, slots=128, children=4)
-    draft = Draft(model, FixedExpansion((2, *[1] * (WINDOW + 3)), batch=4), batch=4, max_positions=192)
+    model = DraftModel(path, dtype=torch.float32, vocab=BYTE_VOCAB, rows=256, slots=128, children=4)
+    draft = OneDraft(Draft(model, FixedExpansion((2, *[1] * (WINDOW + 3)), batch=4), batch=4, max_positions=192))
     committed, verdicts = random_ids(WINDOW, seed=2), tuple[Verdict, ...]()
     draft.begin(committed)
     for turn in range(4):
@@ -168,7 +168,7 @@ def test_so_may_a_drafts_and_what_was_committed_keeps_its_positions(saved: Saved
         branch = tree.path(len(tree) - 1)
         accepted, following = branch[: 7 + turn], branch[7 + turn]
         bonus = int(tree.tokens[following]) if turn % 2 else int(rng.integers(1, BYTE_VOCAB))
-        verdicts = (Verdict(tuple(accepted), bonus, False, PassStats(1.0, 0.0, 1.0, len(tree))),)
+        verdicts = (Verdict(tuple(accepted), bonus, False),)
         committed = (*committed, *tokens_to(tree, accepted[-1]), bonus)
 
 

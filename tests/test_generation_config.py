@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from llmcad_actors.core.acceptance import walk
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError
 from llmcad_actors.models.processors import PathChoices
+from llmcad_actors.plan.footprint import MAX_REQUESTS, WHOLE_LOGITS_BYTES, whole_rows
 from llmcad_actors.plan.prepare import prepare
 from tests.fakes import chain
 from tests.models.checkpoints import target_of
@@ -225,6 +227,10 @@ def test_a_value_that_cannot_be_is_refused_before_anything_starts(
 
 def test_whole_rows_of_logits_are_counted_into_the_plan(target: Path, tmp_path: Path) -> None:
     model = with_settings(target, tmp_path / "model", {"suppress_tokens": [3]})
-    plain, ruled = (prepare(EngineConfig(target=str(path), memory="8GB")) for path in (target, model))
+    most = WHOLE_LOGITS_BYTES // (4 * 257)
+    config = EngineConfig(target=str(target), memory="8GB", max_nodes=2 * most)
+    plain, ruled = (prepare(replace(config, target=str(path))) for path in (target, model))
     more = dict(ruled.memory.rows())["activations"] - dict(plain.memory.rows())["activations"]
-    assert more == 129 * 257 * 4
+    assert more == (2 * most + MAX_REQUESTS - most) * 257 * 4
+    few = prepare(replace(config, target=str(target), max_nodes=100))
+    assert whole_rows(few.config, few.target, few.layout) == 100 + MAX_REQUESTS

@@ -10,22 +10,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcad_actors.core.costs import CostModel, Costs
-from llmcad_actors.core.fallback import AdaptiveConfidence, MarginalThroughput, Policy
+from llmcad_actors.core.fallback import AdaptiveConfidence, MarginalThroughput
 from llmcad_actors.core.provisional import LEAST_STEPS
-from llmcad_actors.core.round import Grown, PassStats, Submission, Verdict
+from llmcad_actors.core.request import Request
+from llmcad_actors.core.round import Check, Drafting, Grown, PassReport, PassStats
+from llmcad_actors.core.rounds import Arrival, Limits, News, Rounds
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.core.worth import ENOUGH_ROUNDS
 from llmcad_actors.errors import DeadlineError
-from llmcad_actors.loop import Learnt, decode, most_probable_path
-from llmcad_actors.messages import DraftEnded, Event, Finished, Provisional, Request, Tokens
+from llmcad_actors.loop import most_probable_path, serve
+from llmcad_actors.messages import DraftEnded, DraftOrder, Event, Failed, Finished, Provisional, Tokens
 from tests.fakes import (
     Choose,
     FunctionDrafter,
     FunctionVerifier,
+    Script,
     Scripted,
     TickingClock,
     chain,
+    decode,
     perfect,
     random_trees,
     silent,
@@ -57,11 +61,11 @@ def half_right(choose: Choose) -> Callable[[tuple[int, ...]], TokenTree]:
     return propose
 
 
-def plain(choose: Choose, count: int, stop: tuple[int, ...] = ()) -> tuple[int, ...]:
-    tokens: tuple[int, ...] = PROMPT
-    while len(tokens) < len(PROMPT) + count and tokens[-1] not in (stop if len(tokens) > len(PROMPT) else ()):
+def plain(choose: Choose, count: int, stop: tuple[int, ...] = (), prompt: tuple[int, ...] = PROMPT) -> tuple[int, ...]:
+    tokens = prompt
+    while len(tokens) < len(prompt) + count and tokens[-1] not in (stop if len(tokens) > len(prompt) else ()):
         tokens += (choose(tokens),)
-    return tokens[len(PROMPT) :]
+    return tokens[len(prompt) :]
 
 
 def run(request: Request, verifier: FunctionVerifier, drafter: FunctionDrafter | None) -> list[Event]:
@@ -72,8 +76,8 @@ def run(request: Request, verifier: FunctionVerifier, drafter: FunctionDrafter |
 
 async def task(
     request: Request, verifier: FunctionVerifier, drafter: FunctionDrafter | None, events: list[Event]
-) -> Learnt:
-    learnt = Learnt(AdaptiveConfidence(), CostModel())
+) -> Rounds:
+    learnt = Rounds(AdaptiveConfidence(), CostModel())
     return await decode(request, drafter, verifier, learnt, TickingClock(), events.append)
 
 
@@ -110,14 +114,6 @@ def test_what_was_learnt_is_handed_on() -> None:
     assert learnt.costs.num_passes == len(verifier.trees)
 
 
-class HoldingVerifier(FunctionVerifier):
-    """Still holds two tokens of the prompt from the last text."""
-
-    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...], max_new_tokens: int) -> int:
-        await super().begin(prompt, stop_tokens, max_new_tokens)
-        return 2
-
-
 class CountingDrafter(FunctionDrafter):
     """Keeps the costs that it was told."""
 
@@ -125,14 +121,14 @@ class CountingDrafter(FunctionDrafter):
         super().__init__(propose)
         self.told: list[Costs] = []
 
-    async def grow(self, verdicts: Sequence[Verdict], policy: Policy, costs: Costs) -> Submission:
-        self.told.append(costs)
-        return await super().grow(verdicts, policy, costs)
+    async def grow(self, order: DraftOrder) -> Drafting:
+        self.told.append(order.costs)
+        return await super().grow(order)
 
 
 def test_the_rows_of_a_prompt_count_in_its_first_pass_only() -> None:
     drafter = CountingDrafter(half_right(target(2)))
-    run(Request((*PROMPT, 1, 2, 3), 20, ()), HoldingVerifier(target(2)), drafter)
+    run(Request((*PROMPT, 1, 2, 3), 20, ()), FunctionVerifier(target(2), held=2), drafter)
     assert [costs.pending_rows for costs in drafter.told[:3]] == [len(PROMPT) + 3 - 1 - 2, 0, 0]
 
 
@@ -265,12 +261,13 @@ class TimedVerifier(FunctionVerifier):
         super().__init__(choose)
         self._clock, self._tree_s = clock, tree_s
 
-    async def verify(self, tree: TokenTree) -> Verdict:
-        verdict = await super().verify(tree)
-        took = 1.0 + (self._tree_s if len(tree) else 0.0)
+    async def verify(self, checks: Sequence[Check]) -> PassReport:
+        report = await super().verify(checks)
+        has_tree = any(len(check.tree) for check in checks)
+        took = 1.0 + (self._tree_s if has_tree else 0.0)
         self._clock.time += took
-        rows = 16 if len(tree) else 1
-        return replace(verdict, stats=PassStats(took, stall_s=0.0, compute_s=took, rows=rows))
+        rows = 16 if has_tree else 1
+        return replace(report, stats=PassStats(took, stall_s=0.0, compute_s=took, rows=rows))
 
 
 class TimedDrafter(FunctionDrafter):
@@ -281,25 +278,20 @@ class TimedDrafter(FunctionDrafter):
         self._clock, self._tree_seconds = clock, seconds
         self.calls: list[int] = []  # verdicts that came with each
 
-    async def begin(self, prompt: tuple[int, ...]) -> None:
-        await super().begin(prompt)
-        self.calls.clear()
-
-    async def grow(self, verdicts: Sequence[Verdict], policy: Policy, costs: Costs) -> Submission:
-        self.calls.append(len(verdicts))
+    async def grow(self, order: DraftOrder) -> Drafting:
+        self.calls.append(sum(map(len, order.verdicts.values())))
         self._clock.time += self._tree_seconds
-        grown = await super().grow(verdicts, policy, costs)
-        return replace(grown, seconds=self._tree_seconds)
+        return replace(await super().grow(order), seconds=self._tree_seconds)
 
 
 def timed(
-    propose: Callable[[tuple[int, ...]], TokenTree], draft_s: float, count: int, learnt: Learnt | None = None
-) -> tuple[float, Stats, Learnt, list[int]]:
+    propose: Callable[[tuple[int, ...]], TokenTree], draft_s: float, count: int, learnt: Rounds | None = None
+) -> tuple[float, Stats, Rounds, list[int]]:
     """Seconds of a request by the default policy, its statistics, what it learnt, and the calls of its drafter."""
     clock, events = WholeClock(), list[Event]()
     drafter, verifier = TimedDrafter(propose, clock, draft_s), TimedVerifier(target(3), clock)
     known = CostModel(draft_step_s=draft_s, mean_compute_s=1.5, mean_rows=16.0, read_s=0.0, plain_compute_s=1.0)
-    learnt = learnt or Learnt(MarginalThroughput(), known)
+    learnt = learnt or Rounds(MarginalThroughput(), known)
     after = asyncio.run(decode(Request(PROMPT, count, ()), drafter, verifier, learnt, clock, events.append))
     assert tokens_in(events) == plain(target(3), count)
     assert isinstance(events[-1], Finished)
@@ -330,7 +322,7 @@ def test_a_useless_draft_is_ended_where_its_memory_would_help_and_never_called_a
     for policy, is_ended in ((MarginalThroughput(), True), (AdaptiveConfidence(), False)):
         clock, events = WholeClock(), list[Event]()
         drafter, verifier = TimedDrafter(wrong, clock, 0.01), TimedVerifier(target(3), clock, tree_s=0.0)
-        asyncio.run(decode(Request(PROMPT, 100, ()), drafter, verifier, Learnt(policy, known), clock, events.append))
+        asyncio.run(decode(Request(PROMPT, 100, ()), drafter, verifier, Rounds(policy, known), clock, events.append))
         assert tokens_in(events) == plain(target(3), 100)
         assert [event for event in events if isinstance(event, DraftEnded)] == [DraftEnded()] * is_ended
         assert len(drafter.calls) == (ENOUGH_ROUNDS if is_ended else 100)
@@ -353,7 +345,7 @@ def test_a_draft_that_pays_is_left_out_for_single_passes_alone() -> None:
 @given(st.lists(st.booleans(), min_size=40, max_size=40))
 def test_whenever_the_draft_is_left_out_the_output_is_the_targets(kind: str, drafts: list[bool]) -> None:
     choose, drafter, events = target(5), DRAFTS[kind](target(5)), list[Event]()
-    learnt = Learnt(Scripted(drafts=tuple(drafts)), CostModel())
+    learnt = Rounds(Scripted(drafts=tuple(drafts)), CostModel())
     verifier = FunctionVerifier(choose, turns=1)
     asyncio.run(decode(Request(PROMPT, 30, ()), drafter, verifier, learnt, TickingClock(), events.append))
     assert tokens_in(events) == plain(choose, 30)
@@ -371,8 +363,8 @@ class Broken(FunctionDrafter):
 
 
 class BrokenVerifier(FunctionVerifier):
-    async def verify(self, tree: TokenTree) -> Verdict:
-        await super().verify(tree)
+    async def verify(self, checks: Sequence[Check]) -> PassReport:
+        await super().verify(checks)
         raise DeadlineError("a target pass did not come within 1 s")
 
 
@@ -383,3 +375,72 @@ def test_what_breaks_in_a_port_reaches_the_caller_and_ends_the_pass() -> None:
     assert verifier.num_running == 0
     with pytest.raises(DeadlineError, match="a target pass"):
         run(Request(PROMPT, 9, ()), BrokenVerifier(target(1), turns=3), FunctionDrafter(silent, slices=100))
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_requests_that_share_passes_each_get_their_own_text_whoever_comes_and_goes(data: st.DataObject) -> None:
+    choose = target(data.draw(st.integers(0, 1000), "seed"))
+    news, requests, cancelled = list[News](), dict[int, Request](), set[int]()
+    for _ in range(data.draw(st.integers(1, 12), "rounds")):
+        arrivals = list[Arrival]()
+        for _ in range(data.draw(st.integers(0, 2))):
+            number = len(requests) + 1
+            prompt = tuple(data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=600)))
+            stop = tuple(data.draw(st.sets(st.integers(0, VOCAB - 1), max_size=1)))
+            speculate = data.draw(st.booleans())
+            requests[number] = Request(prompt, data.draw(st.integers(1, 12)), stop, speculate=speculate)
+            arrivals.append(Arrival(number, requests[number], 0.0))
+        gone = frozenset(data.draw(st.sets(st.sampled_from(sorted(requests)), max_size=1)) if requests else ())
+        cancelled |= gone
+        news.append(News(tuple(arrivals), gone))
+    verifier = FunctionVerifier(choose, turns=data.draw(st.integers(0, 3)))
+    drafter = DRAFTS[data.draw(st.sampled_from(list(DRAFTS)), "draft")](choose)
+    events: dict[int, list[Event]] = {number: [] for number in requests}
+    rounds = Rounds(AdaptiveConfidence(), CostModel(), Limits(data.draw(st.integers(1, 4)), 1500))
+    after = asyncio.run(
+        serve(
+            Script(*news), drafter, verifier, rounds, TickingClock(), lambda number, event: events[number].append(event)
+        )
+    )
+    assert after.is_idle and not verifier.texts  # all rows have been given back
+    for number, request in requests.items():
+        expected = plain(choose, request.max_new_tokens, request.stop_tokens, request.prompt)
+        found = tokens_in(events[number])
+        if number in cancelled:
+            assert found == expected[: len(found)]
+            continue
+        assert found == expected
+        assert isinstance(events[number][-1], Finished)
+        assert sum(isinstance(event, Finished) for event in events[number]) == 1
+    assert all(len(checks) <= rounds.limits.max_requests for checks in verifier.passes)
+
+
+def test_what_breaks_a_port_breaks_those_that_run_and_those_that_wait_go_on() -> None:
+    class BreaksOnce(FunctionVerifier):
+        async def verify(self, checks: Sequence[Check]) -> PassReport:
+            if len(self.passes) == 2:
+                self.passes.append([])
+                raise DeadlineError("a target pass did not come within 1 s")
+            return await super().verify(checks)
+
+    verifier, events = BreaksOnce(target(1)), list[tuple[int, Event]]()
+    news = News(tuple(Arrival(number, Request(PROMPT, 5, ()), 0.0) for number in (1, 2, 3)))
+    rounds = Rounds(AdaptiveConfidence(), CostModel(), Limits(2))
+    drafter = FunctionDrafter(silent)
+    asyncio.run(serve(Script(news), drafter, verifier, rounds, TickingClock(), lambda *event: events.append(event)))
+    failed = [number for number, event in events if isinstance(event, Failed)]
+    assert failed == [1, 2]
+    assert tokens_in([event for number, event in events if number == 3]) == plain(target(1), 5)
+    assert not verifier.texts
+
+
+def test_who_waits_for_too_long_is_told() -> None:
+    clock, events = WholeClock(), list[tuple[int, Event]]()
+    news = News(tuple(Arrival(number, Request(PROMPT, 5, (), queue_s=3.5), 0.0) for number in (1, 2)))
+    rounds = Rounds(AdaptiveConfidence(), CostModel(), Limits(1))
+    verifier = TimedVerifier(target(1), clock)
+    asyncio.run(serve(Script(news), None, verifier, rounds, clock, lambda *event: events.append(event)))
+    assert tokens_in([event for number, event in events if number == 1]) == plain(target(1), 5)
+    (told,) = (event for number, event in events if number == 2)
+    assert isinstance(told, Failed) and told.kind == "DeadlineError" and "waited for longer" in told.message

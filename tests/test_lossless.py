@@ -12,9 +12,10 @@ from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.builders import make_builder
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import Policy
+from llmcad_actors.core.request import Request
+from llmcad_actors.core.rounds import Rounds
 from llmcad_actors.core.stats import Stats
-from llmcad_actors.loop import Learnt, decode
-from llmcad_actors.messages import Event, Finished, Request, Tokens
+from llmcad_actors.messages import Event, Finished, Tokens
 from llmcad_actors.models.draft import Draft, DraftModel
 from llmcad_actors.models.target import Target
 from llmcad_actors.plan.job import Prepared
@@ -22,7 +23,7 @@ from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.plan.specs import draft_spec, policy_of, verifier_spec
 from llmcad_actors.ports import Verifier
 from llmcad_actors.tools.bundled import bundled_draft, bundled_target
-from tests.fakes import LocalDrafter, LocalVerifier, MemoryShards, Scripted, TickingClock
+from tests.fakes import LocalDrafter, LocalVerifier, MemoryShards, Scripted, TickingClock, decode
 from tests.plain import Plain, encode
 from tests.tiny import BYTE_VOCAB, tiny_llama
 
@@ -65,7 +66,7 @@ class Local:
             Path(spec.path),
             dtype=torch.float32,
             vocab=spec.vocab,
-            context=spec.context,
+            rows=spec.rows,
             slots=spec.slots,
             children=spec.children,
         )
@@ -77,14 +78,16 @@ class Local:
             widths=spec.widths,
             sharpens=spec.sharpens,
         )
-        return LocalDrafter(Draft(model, builder, batch=spec.batch, max_positions=spec.context))
+        return LocalDrafter(
+            Draft(model, builder, batch=spec.batch, max_positions=spec.context, max_nodes=spec.max_nodes)
+        )
 
     def generate(
         self, prompt: Sequence[int], count: int = COUNT, *, provisional: bool = True, policy: Policy | None = None
     ) -> tuple[tuple[int, ...], Stats]:
         events: list[Event] = []
         request = Request(tuple(prompt), count, self.job.stop_tokens, provisional=provisional)
-        learnt, clock = Learnt(policy or policy_of(self.job), CostModel()), TickingClock()
+        learnt, clock = Rounds(policy or policy_of(self.job), CostModel()), TickingClock()
         asyncio.run(decode(request, self.drafter, self.verifier, learnt, clock, events.append))
         assert isinstance(events[-1], Finished)
         ids = tuple(token for event in events if isinstance(event, Tokens) for token in event.ids)
@@ -101,8 +104,10 @@ def local(target: Path, draft: Path | None, **settings: object) -> Local:
         **settings,  # type: ignore[arg-type]
     )
     job = prepare(config)
-    capacity = verifier_spec(job).capacity
-    model = Target(job.target, job.layout, MemoryShards(job.layout), dtype=torch.float32, capacity=capacity)
+    spec, shards = verifier_spec(job), MemoryShards(job.layout)
+    model = Target(
+        job.target, job.layout, shards, dtype=torch.float32, capacity=spec.capacity, max_nodes=spec.max_nodes
+    )
     return Local(job, LocalVerifier(model))
 
 

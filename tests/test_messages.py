@@ -13,9 +13,11 @@ from hypothesis import given
 from llmcad_actors import config, messages
 from llmcad_actors.config import DraftSpec, LoaderSpec, VerifierSpec
 from llmcad_actors.core.calibration import Calibration
+from llmcad_actors.core.choosing import Choosing, TokenLogprobs
 from llmcad_actors.core.costs import CostModel, Costs
 from llmcad_actors.core.fallback import AdaptiveConfidence, FixedDepth, FixedTree, MarginalThroughput, TokenConfidence
-from llmcad_actors.core.round import Grown, PassStats, Submission, Verdict
+from llmcad_actors.core.request import Request
+from llmcad_actors.core.round import Check, Drafting, Grown, PassReport, PassStats, Submission, Verdict
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.messages import pack, unpack, unpack_stream
@@ -25,12 +27,20 @@ IDS = (1, 5, 4095)
 STATS = Stats(seconds=1.5, new_tokens=3, tokens_per_pass=1.5, bytes_read=2**40)
 PASS = PassStats(seconds=1.0, stall_s=0.25, compute_s=0.75, rows=16)
 TREE = TokenTree.build([7, 8, 9], [-1, 0, 0], [-0.5, -1e4, 0.0])
+COSTS = Costs(0.01, 1.0, 0.1, 0.002, 0.5, 0.25)
+LOGPROBS = TokenLogprobs(3, -0.5, ((3, -0.5), (4, -1.5)))
 VALUES: tuple[Any, ...] = (
-    messages.Request(IDS, 64, (0, 2), speculate=False, provisional=False),
-    Submission(TREE, 0.25, 3, 9, 0.5, True),
+    Request(IDS, 64, (0, 2), speculate=False, provisional=False),
+    Choosing(0.5, 3, 0.9, 0.1, 1.5, 0.25, -1.0, ((7, 2.5),), 2**64 - 1, 5),
+    LOGPROBS,
+    Submission(TREE, True),
+    Drafting({3: Submission(TREE)}, 0.25, 3, 9, 0.5, 0.1),
+    messages.DraftOrder({4: Request(IDS, 64, ())}, (1, 2), {4: (Verdict((), 1, False),)}, FixedDepth(3), COSTS),
+    Check(3, TREE, 512),
+    PassReport(PASS, {3: Verdict((0, 2), 17, True, (LOGPROBS,))}, {4: "no token is left"}),
     Grown(2, 16, False),
     PASS,
-    Verdict((0, 2), 17, True, PASS),
+    Verdict((0, 2), 17, True),
     messages.AskShard("layer.3"),
     messages.EndLease(7),
     messages.StreamShards(("layer.3", "head")),
@@ -44,7 +54,7 @@ VALUES: tuple[Any, ...] = (
     STATS,
     TREE,
     TokenTree.empty(),
-    Costs(0.01, 1.0, 0.1, 0.002, 0.5, 0.25),
+    COSTS,
     CostModel(window_share=0.1),
     AdaptiveConfidence(0.02, "average"),
     FixedDepth(3),
@@ -53,8 +63,8 @@ VALUES: tuple[Any, ...] = (
     MarginalThroughput(),
     Calibration(),
     LoaderSpec("/m", ("layer.0",), 10**9, 2**25, 2**23, 4, None),
-    VerifierSpec("/m", ("head.0",), ("layers.1",), "float32", 2, 512, 256),
-    DraftSpec("/d", "auto", 1, 4096, 2048, 512, "best-first", 128, 8, 16, (1, 1, 3), True, 2),
+    VerifierSpec("/m", ("head.0",), ("layers.1",), "float32", 2, 512, 128, 256),
+    DraftSpec("/d", "auto", 1, 4096, 2048, 3000, 512, "best-first", 128, 100, 8, 16, (1, 1, 3), True, 2),
     None,
     (),
     "text",

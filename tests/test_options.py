@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from llmcad_actors import Engine, EngineConfig
 from llmcad_actors.config import Settings, setting_names
+from llmcad_actors.core.choosing import GREEDY, Choosing
 from llmcad_actors.core.quoting import quoted
 from llmcad_actors.errors import ConfigError, LlmcadError, MemoryCapError
 from llmcad_actors.plan.prepare import prepare
 from llmcad_actors.plan.shorthand import spelled_out
-from llmcad_actors.request_options import RequestOptions
+from llmcad_actors.requests.options import Options, RequestOptions, trace_path
 from llmcad_actors.tools.bundled import bundled_draft, bundled_target
 
 OPENING = ("target", "draft", "memory")
@@ -73,10 +74,10 @@ def test_whatever_is_set_is_a_setting_or_an_error_of_ours(junk: dict[str, Any], 
             assert type(value) in {typing.get_origin(kind) or kind for kind in (*typing.get_args(hint), hint)}, name
 
 
-@given(JUNK, st.dictionaries(st.sampled_from(["max_new_tokens", "stop", "chat", "speculate", "provisional"]), JUNK))
+@given(JUNK, st.dictionaries(st.sampled_from(list(Options.__annotations__)), JUNK))
 def test_whatever_is_asked_for_is_a_request_or_an_error_of_ours(prompt: Any, junk: dict[str, Any]) -> None:
     try:
-        options = RequestOptions(prompt, **junk)
+        options = RequestOptions(prompt, junk)
     except LlmcadError as error:
         assert str(error).replace(":", " ").split()[0] in {"prompt", *junk}
         assert len(str(error)) < 500
@@ -85,6 +86,9 @@ def test_whatever_is_asked_for_is_a_request_or_an_error_of_ours(prompt: Any, jun
         assert type(options.max_new_tokens) is int
         assert all(type(stop) is str and stop for stop in options.stop)
         assert {type(options.chat), type(options.speculate), type(options.provisional)} == {bool}
+        for name, hint in typing.get_type_hints(Choosing).items():
+            kinds = {typing.get_origin(kind) or kind for kind in (*typing.get_args(hint), hint)}
+            assert type(getattr(options.choosing, name)) in kinds, name
 
 
 @pytest.mark.parametrize(
@@ -102,17 +106,56 @@ def test_whatever_is_asked_for_is_a_request_or_an_error_of_ours(prompt: Any, jun
         ({"stop": ""}, "stop: an empty text cannot be waited for"),
         ({"chat": "yes"}, "chat: 'yes' must be true or false"),
         ({"speculate": None}, "speculate: None must be true or false"),
-        ({"trace": 3}, "trace: 3 must be a path"),
+        ({"queue_timeout": "soon"}, "queue_timeout: 'soon' must be a number"),
+        ({"queue_timeout": -1}, "queue_timeout: -1 must lie between 0 and"),
+        ({"temperature": -0.5}, "temperature: -0.5 must lie between 0 and 100"),
+        ({"temperature": float("nan")}, "temperature: nan must lie between 0 and 100"),
+        ({"temperature": True}, "temperature: True must be a number"),
+        ({"top_k": 2.5}, "top_k: 2.5 must be a whole number"),
+        ({"top_p": 1.5}, "top_p: 1.5 must lie between 0 and 1"),
+        ({"min_p": "0"}, "min_p: '0' must be a number"),
+        ({"repetition_penalty": 0}, "repetition_penalty: 0 must lie between 0.001 and 1000"),
+        ({"presence_penalty": 10**400}, "presence_penalty: a number of .* must lie between -100 and 100"),
+        ({"frequency_penalty": "much"}, "frequency_penalty: 'much' must be a number"),
+        ({"logit_bias": [3]}, r"logit_bias: \[3\] must be a mapping from token ids to numbers"),
+        ({"logit_bias": {"a": 1}}, "logit_bias: the token id: 'a' must be a whole number"),
+        ({"logit_bias": {3: "b"}}, "logit_bias of token 3: 'b' must be a number"),
+        ({"seed": -1}, "seed: -1 must be a whole number of at least 0"),
+        ({"seed": 2**64}, "seed: .* is too large"),
+        ({"logprobs": 101}, "logprobs: 101 is too large; 100 is the most"),
+        ({"temprature": 1.0}, "unknown option 'temprature'; known: .*temperature"),
     ],
     ids=str,
 )
 def test_an_option_of_a_request_that_cannot_be_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        RequestOptions(**{"prompt": "x"} | options)
+        RequestOptions(options.pop("prompt", "x"), options)
+
+
+def test_a_trace_is_a_path() -> None:
+    with pytest.raises(ConfigError, match="trace: 3 must be a path"):
+        trace_path(3)  # type: ignore[arg-type]
+
+
+def test_the_default_is_greedy_and_a_sampled_request_has_a_seed_of_its_own() -> None:
+    assert RequestOptions("x", {}).choosing == GREEDY
+    first, second = (RequestOptions("x", {"temperature": 0.7}).choosing.seed for _ in range(2))
+    assert first != second
+    assert RequestOptions("x", {"temperature": 0.7, "seed": 3}).choosing == Choosing(temperature=0.7, seed=3)
+
+
+def test_what_the_model_asks_for_is_followed_when_it_is_asked_for_and_what_is_given_wins() -> None:
+    asked = {"temperature": 0.6, "top_k": 50, "top_p": 0.9, "min_p": 0.0}
+    assert RequestOptions("x", {"seed": 1}, asked).choosing == Choosing(seed=1)
+    followed = RequestOptions("x", {"sample": True, "seed": 1}, asked).choosing
+    assert followed == Choosing(temperature=0.6, top_k=50, top_p=0.9, seed=1)
+    given = RequestOptions("x", {"sample": True, "top_k": 7, "seed": 1}, asked).choosing
+    assert given == Choosing(temperature=0.6, top_k=7, top_p=0.9, seed=1)
+    assert RequestOptions("x", {"sample": True, "seed": 1}, {}).choosing == Choosing(temperature=1.0, seed=1)
 
 
 def test_numbers_of_numpy_and_one_stop_string_are_taken_as_they_are_meant() -> None:
-    options = RequestOptions("x", max_new_tokens=np.int32(3), stop="girl", chat=np.bool_(False))  # type: ignore[arg-type]
+    options = RequestOptions("x", {"max_new_tokens": np.int32(3), "stop": "girl", "chat": np.bool_(False)})
     assert (options.max_new_tokens, options.stop, options.chat) == (3, ("girl",), False)
     config = EngineConfig(target="x", max_nodes=np.int64(7), widths=[1, 2], alpha=np.float32(0.5))  # type: ignore[arg-type]
     assert (config.max_nodes, config.widths, config.alpha) == (7, (1, 2), 0.5)
@@ -192,5 +235,5 @@ def test_every_setting_and_option_is_typed_and_documented() -> None:
                 assert f"{parameter.name}: " in pydoc.render_doc(Engine.generate) + pydoc.render_doc(Engine.stream) or (
                     f"`{parameter.name}`" in pydoc.render_doc(Engine.launch)
                 )
-    with pytest.raises(TypeError, match="temperatur"):
-        Engine.generate(None, "x", temperatur=3)  # type: ignore[call-arg, arg-type]
+    submitting = pydoc.render_doc(Engine.submit)
+    assert all(f"{name}: " in submitting or f"{name}, " in submitting for name in Options.__annotations__)

@@ -19,6 +19,7 @@ from llmcad_actors.storage.layout import layout_of
 from llmcad_actors.tools.enlarge import enlarge
 from tests import encoder_decoder_cases, family_cases
 from tests.encoder_decoder_cases import plain_pair
+from tests.fakes import run_prefix
 from tests.models.checkpoints import target_of
 from tests.plain import Plain
 from tests.tiny import BYTE_VOCAB, tiny_llama
@@ -59,8 +60,8 @@ def streamed(path: Path, prompt: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def first_drafted(path: Path, prompt: tuple[int, ...]) -> int:
-    draft = DraftModel(path, dtype=torch.float32, vocab=BYTE_VOCAB, context=64, slots=8, children=2)
-    return int(draft.run_prefix(draft.begin(prompt), 0)[0][0, 0])
+    draft = DraftModel(path, dtype=torch.float32, vocab=BYTE_VOCAB, rows=64, slots=8, children=2)
+    return int(run_prefix(draft, prompt)[0][0, 0])
 
 
 @pytest.mark.parametrize("model_type", DECODERS)

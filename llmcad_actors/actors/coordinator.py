@@ -1,40 +1,36 @@
-"""The coordinator: one asyncio loop that runs requests over the draft and verifier actors."""
+"""The coordinator: one asyncio loop that runs all requests over the draft and verifier actors."""
 
 import asyncio
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from llmcad_actors.actors.calls import failure, fetch_async
 from llmcad_actors.actors.traced import TracedDrafter, TracedVerifier
-from llmcad_actors.core.costs import Costs
-from llmcad_actors.core.fallback import Policy
-from llmcad_actors.core.round import Grown, Submission, Verdict
+from llmcad_actors.core.request import Request
+from llmcad_actors.core.round import Check, Drafting, Grown, PassReport
+from llmcad_actors.core.rounds import Arrival, Limits, News, Rounds
 from llmcad_actors.core.trace import Recorder
-from llmcad_actors.core.tree import TokenTree
-from llmcad_actors.errors import LlmcadError
-from llmcad_actors.loop import Learnt, decode
-from llmcad_actors.messages import DraftEnded, Event, Failed, Request, pack, unpack
+from llmcad_actors.loop import serve
+from llmcad_actors.messages import DraftEnded, DraftOrder, Event, Failed, Finished, pack, unpack
 
 CALL_TIMEOUT_S = 600.0
+GATHER_S = 0.01  # where nothing runs: who comes at the same time shares the first pass
 PASS_TIMEOUT_S = 4 * 3600.0  # a pass over slow storage takes long; a shard that does not come fails much sooner
 
 
 class RemoteDrafter:
-    """The `Drafter` port over the draft actor, which hears of a prompt with the first order for a tree."""
+    """The `Drafter` port over the draft actor."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
-        self._prompt: tuple[int, ...] | None = None  # None: the actor knows it
 
-    async def begin(self, prompt: tuple[int, ...]) -> None:
-        self._prompt = prompt
-
-    async def grow(self, verdicts: Sequence[Verdict], policy: Policy, costs: Costs) -> Submission:
-        order, self._prompt = pack((self._prompt, tuple(verdicts), policy, costs)), None
-        result: Submission = unpack(await fetch_async(self._actor.grow.remote(order), CALL_TIMEOUT_S, "drafting"))
+    async def grow(self, order: DraftOrder) -> Drafting:
+        call = self._actor.grow.remote(pack(order))
+        result: Drafting = unpack(await fetch_async(call, CALL_TIMEOUT_S, "drafting"))
         return result
 
     async def extend(self) -> Grown:
@@ -48,15 +44,15 @@ class RemoteVerifier:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...], max_new_tokens: int) -> int:
-        call = self._actor.begin.remote(pack(prompt), pack(stop_tokens), max_new_tokens)
-        held: int = await fetch_async(call, CALL_TIMEOUT_S, "the target's start")
+    async def change(self, ended: Sequence[int], joined: Mapping[int, Request]) -> Mapping[int, int]:
+        call = self._actor.change.remote(pack((tuple(ended), dict(joined))))
+        held: Mapping[int, int] = unpack(await fetch_async(call, CALL_TIMEOUT_S, "the target's start"))
         return held
 
-    async def verify(self, tree: TokenTree) -> Verdict:
-        call = self._actor.verify.remote(pack(tree))
-        verdict: Verdict = unpack(await fetch_async(call, PASS_TIMEOUT_S, "a target pass"))
-        return verdict
+    async def verify(self, checks: Sequence[Check]) -> PassReport:
+        call = self._actor.verify.remote(pack(tuple(checks)))
+        report: PassReport = unpack(await fetch_async(call, PASS_TIMEOUT_S, "a target pass"))
+        return report
 
 
 class MonotonicClock:
@@ -64,18 +60,44 @@ class MonotonicClock:
         return time.monotonic()
 
 
+class Inbox:
+    """Requests on their way to the loop."""
+
+    def __init__(self) -> None:
+        self._news = News()
+        self._came = asyncio.Event()
+
+    def add(self, arrival: Arrival) -> None:
+        self._tell(replace(self._news, arrivals=(*self._news.arrivals, arrival)))
+
+    def cancel(self, number: int) -> None:
+        self._tell(replace(self._news, cancelled=self._news.cancelled | {number}))
+
+    def _tell(self, news: News) -> None:
+        self._news = news
+        self._came.set()
+
+    async def take(self, *, wait: bool) -> News:
+        if wait:
+            await self._came.wait()
+            await asyncio.sleep(GATHER_S)
+        news, self._news = self._news, News()
+        self._came.clear()
+        return news
+
+
 class Outbox:
     """Events on their way to the caller. Nothing is lost when a wait for them ends."""
 
     def __init__(self) -> None:
-        self._events: list[Event] = []
+        self._events: list[tuple[int, Event]] = []
         self._arrived = asyncio.Event()
 
-    def put(self, event: Event) -> None:
-        self._events.append(event)
+    def put(self, number: int, event: Event) -> None:
+        self._events.append((number, event))
         self._arrived.set()
 
-    async def take(self, wait_s: float) -> list[Event]:
+    async def take(self, wait_s: float) -> list[tuple[int, Event]]:
         """All events since the last call; waits up to `wait_s` for the first."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._arrived.wait(), wait_s)
@@ -87,54 +109,59 @@ class Outbox:
 class Coordinator:
     """Requests in, events out; the caller polls `events`."""
 
-    def __init__(self, verifier: Any, draft: Any, policy: bytes, costs: bytes) -> None:
+    def __init__(self, verifier: Any, draft: Any, policy: bytes, costs: bytes, limits: bytes) -> None:
         self._recorder = recorder = Recorder("coordinator", time.monotonic)
         self._verifier = TracedVerifier(RemoteVerifier(verifier), recorder)
         self._drafter = TracedDrafter(RemoteDrafter(draft), recorder) if draft is not None else None
-        self._learnt = Learnt(unpack(policy), unpack(costs))
-        self._has_ended_draft = False
-        self._outbox = Outbox()
-        self._task: asyncio.Task[None] | None = None
+        max_requests, rows = unpack(limits)
+        self._first = Rounds(unpack(policy), unpack(costs), Limits(max_requests, rows))
+        self._inbox, self._outbox = Inbox(), Outbox()
+        self._open = set[int]()
+        self._serving: asyncio.Task[None] | None = None
 
     async def ready(self) -> None:
         """Returns when the actor is up."""
 
-    async def start(self, request: bytes) -> None:
-        """Begin a request; a request still running is cancelled first."""
-        await self.cancel()
-        self._outbox = Outbox()
-        self._task = asyncio.create_task(self._run(unpack(request), self._outbox.put))
+    async def submit(self, number: int, request: bytes) -> None:
+        """A request, by a number that was never given before. It runs as soon as it has room."""
+        self._open.add(number)
+        self._inbox.add(Arrival(number, unpack(request), time.monotonic()))
+        if self._serving is None:
+            self._serving = asyncio.create_task(self._serve())
+
+    async def cancel(self, number: int) -> None:
+        """Nothing more comes of the request; its rows are free before the next pass."""
+        self._open.discard(number)
+        self._inbox.cancel(number)
 
     async def events(self, wait_s: float) -> bytes:
-        """Events since the last call; waits up to `wait_s` for the first."""
+        """(number, event) of requests since the last call; waits up to `wait_s` for the first."""
         return pack(await self._outbox.take(wait_s))
 
-    async def cancel(self) -> None:
-        """Stop the running request. A pass under way runs to its end, and nobody waits for it."""
-        if self._task is not None and not self._task.done():
-            self._task.cancel()
-            await asyncio.wait([self._task], timeout=CALL_TIMEOUT_S)
+    async def follow(self, number: int) -> None:
+        """The request whose trees and verdicts are recorded, where anything is."""
+        self._verifier.followed = number
 
     async def trace(self, goes_on: bool) -> bytes:
         """What was recorded since the last call; recording goes on, or stops."""
         return pack(self._recorder.drain(goes_on=goes_on))
 
-    async def _run(self, request: Request, emit: Callable[[Event], None]) -> None:
-        drafter = self._drafter if request.speculate and not self._has_ended_draft else None
-        if self._has_ended_draft:
-            emit(DraftEnded())  # again: the last request may have been cancelled before its caller heard of it
+    def _emit(self, number: int, event: Event) -> None:
+        if isinstance(event, DraftEnded):
+            self._drafter = None
+        if number in self._open or isinstance(event, DraftEnded):  # this is for the engine, too
+            self._outbox.put(number, event)
+        if isinstance(event, Finished | Failed):
+            self._open.discard(number)
 
-        def note(event: Event) -> None:
-            self._has_ended_draft |= isinstance(event, DraftEnded)
-            emit(event)
-
-        try:
-            learnt = await decode(request, drafter, self._verifier, self._learnt, MonotonicClock(), note)
-        except LlmcadError as error:
-            emit(Failed.of(error))
-            return
-        except Exception as error:  # a bug of ours: the caller must hear of it, or would wait for ever
-            emit(Failed.of(failure(f"the coordinator broke: {error!r}", traceback.format_exc())))
-            return
-        if drafter is not None:
-            self._learnt = learnt
+    async def _serve(self) -> None:
+        """A bug of ours must not leave a caller waiting for ever: all requests fail, and the next ones begin anew."""
+        while True:
+            try:
+                await serve(self._inbox, self._drafter, self._verifier, self._first, MonotonicClock(), self._emit)
+            except Exception as error:
+                broke = Failed.of(failure(f"the coordinator broke: {error!r}", traceback.format_exc()))
+                left = tuple(sorted(self._open))
+                self._first = replace(self._first, ended=left, ended_for_draft=left)
+                for number in left:
+                    self._emit(number, broke)

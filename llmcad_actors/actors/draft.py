@@ -41,7 +41,7 @@ class DraftActor:
             path,
             dtype=computing(setup.dtype),
             vocab=setup.vocab,
-            context=setup.context,
+            rows=setup.rows,
             slots=setup.slots,
             children=setup.children,
         )
@@ -54,7 +54,15 @@ class DraftActor:
             sharpens=setup.sharpens,
         )
         self._recorder = Recorder("draft", time.monotonic)
-        self._draft = Draft(model, builder, batch=setup.batch, max_positions=setup.context, recorder=self._recorder)
+        self._draft = Draft(
+            model,
+            builder,
+            batch=setup.batch,
+            max_positions=setup.context,
+            max_nodes=setup.max_nodes,
+            whole_nodes=setup.whole_nodes,
+            recorder=self._recorder,
+        )
         self._slice_steps = setup.slice_steps
         self._leftover = ThreadPoolExecutor(max_workers=1, initializer=give_way)
         drop_code()
@@ -63,11 +71,8 @@ class DraftActor:
         """Returns when the actor is up; raises what its construction raised."""
 
     def grow(self, order: bytes) -> bytes:
-        prompt, verdicts, policy, costs = unpack(order)
         self._checkpoint.check_unchanged()  # the weights are mapped: they would change with the file
-        if prompt is not None:
-            self._draft.begin(prompt)
-        return pack(self._draft.grow(verdicts, policy, costs))
+        return pack(self._draft.grow(unpack(order)))
 
     def extend(self) -> bytes:
         return pack(self._leftover.submit(self._draft.extend, self._slice_steps).result(SLICE_TIMEOUT_S))

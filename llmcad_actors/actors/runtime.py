@@ -14,6 +14,7 @@ from llmcad_actors.actors.verifier import VerifierActor
 from llmcad_actors.config import DraftSpec, LoaderSpec, VerifierSpec
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import Policy
+from llmcad_actors.core.rounds import Limits
 from llmcad_actors.messages import pack
 
 START_TIMEOUT_S = 180.0
@@ -52,6 +53,7 @@ def start_actors(
     draft: DraftSpec | None,
     policy: Policy,
     costs: CostModel,
+    limits: Limits,
     say: Callable[[str], None],
 ) -> Actors:
     """Start the actors and pin what is to stay; returns when all are ready. Raises what an actor raised.
@@ -62,7 +64,9 @@ def start_actors(
         load = _remote(LoaderActor).remote(pack(loader))
         verify = _remote(VerifierActor).remote(pack(verifier), load)
         drafting = _remote(DraftActor).remote(pack(draft)) if draft is not None else None
-        coordinate = _remote(Coordinator).remote(verify, drafting, pack(policy), pack(costs))
+        coordinate = _remote(Coordinator).remote(
+            verify, drafting, pack(policy), pack(costs), pack((limits.max_requests, limits.rows))
+        )
     of_draft = Remote(line, drafting) if drafting is not None else None
     actors = Actors(line, Remote(line, load), Remote(line, verify), of_draft, Remote(line, coordinate))
     try:

@@ -5,11 +5,10 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from llmcad_actors.core.costs import Costs
-from llmcad_actors.core.fallback import Policy
-from llmcad_actors.core.round import Grown, Submission, Verdict
+from llmcad_actors.core.request import Request
+from llmcad_actors.core.round import Check, Drafting, Grown, PassReport
 from llmcad_actors.core.trace import Recorder
-from llmcad_actors.core.tree import TokenTree
+from llmcad_actors.messages import DraftOrder
 from llmcad_actors.ports import Drafter, ShardSource, Verifier
 
 
@@ -20,13 +19,11 @@ class TracedDrafter:
         self._drafter = drafter
         self._recorder = recorder
 
-    async def begin(self, prompt: tuple[int, ...]) -> None:
-        await self._drafter.begin(prompt)
-
-    async def grow(self, verdicts: Sequence[Verdict], policy: Policy, costs: Costs) -> Submission:
+    async def grow(self, order: DraftOrder) -> Drafting:
         started = self._recorder.now()
-        grown = await self._drafter.grow(verdicts, policy, costs)
-        self._recorder.add("grow", started, steps=grown.steps, drafted=grown.drafted, head_start=grown.head_start)
+        grown = await self._drafter.grow(order)
+        head_start = any(each.head_start for each in grown.trees.values())
+        self._recorder.add("grow", started, steps=grown.steps, drafted=grown.drafted, head_start=head_start)
         return grown
 
     async def extend(self) -> Grown:
@@ -34,22 +31,26 @@ class TracedDrafter:
 
 
 class TracedVerifier:
-    """A `Verifier`; notes every submission, the wait for it, and its verdict."""
+    """A `Verifier`; notes every submission of the request that is followed, the wait for it, and its verdict."""
 
     def __init__(self, verifier: Verifier, recorder: Recorder) -> None:
         self._verifier = verifier
         self._recorder = recorder
+        self.followed = -1  # the request's number
 
-    async def begin(self, prompt: tuple[int, ...], stop_tokens: tuple[int, ...], max_new_tokens: int) -> int:
-        return await self._verifier.begin(prompt, stop_tokens, max_new_tokens)
+    async def change(self, ended: Sequence[int], joined: Mapping[int, Request]) -> Mapping[int, int]:
+        return await self._verifier.change(ended, joined)
 
-    async def verify(self, tree: TokenTree) -> Verdict:
-        self._recorder.mark("submission", tree=tree)
+    async def verify(self, checks: Sequence[Check]) -> PassReport:
         started = self._recorder.now()
-        verdict = await self._verifier.verify(tree)
-        self._recorder.add("verify", started, nodes=len(tree))
-        self._recorder.mark("verdict", path=verdict.path, bonus=verdict.bonus, stopped=verdict.stopped)
-        return verdict
+        report = await self._verifier.verify(checks)
+        self._recorder.add("verify", started, nodes=sum(len(check.tree) for check in checks))
+        verdict = report.verdicts.get(self.followed)
+        if verdict is not None:
+            (tree,) = (check.tree for check in checks if check.number == self.followed)
+            self._recorder.add("submission", started, started, tree=tree)
+            self._recorder.mark("verdict", path=verdict.path, bonus=verdict.bonus, stopped=verdict.stopped)
+        return report
 
 
 class TracedShards:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llmcad_actors.actors.collector import TraceCollector
 from llmcad_actors.actors.runtime import Actors
-from llmcad_actors.messages import Request
+from llmcad_actors.core.request import Request
 from llmcad_actors.plan.job import Prepared
 from llmcad_actors.trace.file import TraceHeader, TraceWriter
 

@@ -45,6 +45,7 @@ class VerifierActor:
             source,
             dtype=computing(setup.dtype),
             capacity=setup.capacity,
+            max_nodes=setup.max_nodes,
             prefill_chunk=setup.prefill_chunk,
         )
         drop_code()
@@ -63,22 +64,30 @@ class VerifierActor:
         """
         return self._source.hold(count), self._num_passes
 
-    def begin(self, prompt: bytes, stop_tokens: bytes, max_new_tokens: int) -> int:
-        return self._target.begin(unpack(prompt), unpack(stop_tokens), max_new_tokens)
+    def change(self, change: bytes) -> bytes:
+        """Requests end, and others begin: their numbers, and how many tokens of each prompt are held already."""
+        ended, joined = unpack(change)
+        for number in ended:
+            self._target.end(number)
+        return pack({number: self._target.begin(number, request) for number, request in joined.items()})
 
-    def verify(self, tree: bytes) -> bytes:
+    def verify(self, checks: bytes) -> bytes:
         started = self._recorder.now()
-        verdict = self._target.verify(unpack(tree))
-        self._recorder.add("pass", started, rows=verdict.stats.rows)
+        report = self._target.verify(unpack(checks))
+        self._recorder.add("pass", started, rows=report.stats.rows)
         self._num_passes += 1
-        return pack(verdict)
+        return pack(report)
+
+    def num_rows(self) -> int:
+        """Rows of the cache that running requests hold."""
+        return self._target.num_rows
 
     def forget(self) -> None:
         self._target.forget()
 
-    def logits_after(self, output: bytes, tokens: bytes) -> bytes:
+    def logits_after(self, request: bytes, output: bytes, tokens: bytes) -> bytes:
         """Of a few tokens: whole rows of logits never leave this process."""
-        return pack(self._target.logits_after(unpack(output), unpack(tokens)))
+        return pack(self._target.logits_after(unpack(request), unpack(output), unpack(tokens)))
 
     def trace(self, goes_on: bool) -> bytes:
         """What was recorded since the last call; recording goes on, or stops."""

@@ -34,6 +34,7 @@ from llmcad_actors.cli.options import (
     TraceFile,
     job_of,
     takes_job,
+    unsampled,
 )
 from llmcad_actors.cli.prompt import STANDARD_INPUT, PromptCommand, prompt_text
 from llmcad_actors.core.checks import check_text
@@ -112,6 +113,7 @@ def llmcad(
 @takes_job
 def generate(
     make_job: Callable[[], "Prepared"],
+    choices: dict[str, Any],
     prompt: Annotated[
         str, typer.Argument(help="Text to continue, or `-` to read it from standard input.")
     ] = STANDARD_INPUT,
@@ -124,9 +126,11 @@ def generate(
     check_lossless: CheckLossless = False,
 ) -> None:
     """Continue a text with a model bigger than the memory cap; the text streams as it is accepted."""
+    from llmcad_actors.requests.options import choosing_of
     from llmcad_actors.trace.file import check_writable
 
     check_writable(trace)
+    choosing_of(choices)  # what cannot be is refused here
     for name, given in (("the prompt", prompt), *(("--stop", each) for each in stop or ())):
         check_text(given, name)
     job = make_job()
@@ -135,11 +139,36 @@ def generate(
     text = prompt_text(prompt)
     if not (text or chat):  # refused before anything starts, if at all
         job.opening()
-    tell(check_prompt(job, text, max_new_tokens, chat=chat))
+    tell((*check_prompt(job, text, max_new_tokens, chat=chat), *unsampled(job, choices)))
     from llmcad_actors.cli.runs import run_generate
 
-    options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "chat": chat, "trace": trace}
+    options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "chat": chat, "trace": trace, **choices}
     if not run_generate(job, text, as_json=as_json, quiet=quiet, checks=check_lossless, **options):
+        raise typer.Exit(1)
+
+
+@app.command(epilog=epilog("batch"), rich_help_panel=RUN)
+@reports_errors
+@takes_job
+def batch(
+    make_job: Callable[[], "Prepared"],
+    choices: dict[str, Any],
+    file: Annotated[Path, typer.Argument(help='Prompts, a JSON object a line: {"prompt": ..., "id": ..., options}.')],
+    out: Annotated[Path, typer.Option(help="Results, a JSON object a line; what it holds already is not run again.")],
+    max_new_tokens: MaxNewTokens = 128,
+    stop: Stop = None,
+    chat: Chat = False,
+    quiet: Quiet = False,
+) -> None:
+    """Continue many texts: passes over the target are shared, and results are kept as they come."""
+    from llmcad_actors.batch.files import read_lines
+    from llmcad_actors.cli.batch import defaults_of, run_lines
+
+    defaults = defaults_of(max_new_tokens=max_new_tokens, stop=stop, chat=chat or None, **choices)
+    lines = read_lines(file, defaults)
+    job = make_job()
+    tell(unsampled(job, choices))
+    if not run_lines(job, lines, out, quiet=quiet):
         raise typer.Exit(1)
 
 

@@ -9,6 +9,10 @@ EXAMPLES = {
         "llmcad generate 'def read_lines(path):' --max-new-tokens 64",
         "llmcad generate --target ./Llama-2-13b --draft ./TinyLlama --memory 4GB - < letter.txt",
     ),
+    "batch": (
+        "llmcad batch prompts.jsonl --out results.jsonl",
+        "llmcad batch prompts.jsonl --out results.jsonl --target ./Llama-2-13b --draft ./TinyLlama --temperature 0.8",
+    ),
     "plan": (
         "llmcad plan",
         "llmcad plan --target ./Llama-2-13b --draft ./TinyLlama --memory 75%",

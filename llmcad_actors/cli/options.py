@@ -15,6 +15,7 @@ from llmcad_actors.cli.notices import tell
 from llmcad_actors.config import BUILDERS, FALLBACKS, READINGS, EngineConfig, read_config
 from llmcad_actors.core.checks import check_text
 from llmcad_actors.errors import ConfigError
+from llmcad_actors.families.generation_rules import SAMPLING
 from llmcad_actors.plan.shorthand import DEMO_MEMORY, MEMORY, spelled_out
 from llmcad_actors.tools.bundled import DEMO
 
@@ -25,10 +26,11 @@ MOST_THREADS = 1024
 
 MODEL = "Model"
 OUTPUT = "Output"
+CHOOSING = "Choosing tokens"
 RESOURCES = "Memory, disk and cores"
 SPECULATION = "Speculation"
 COMPARISON = "Other ways to draft, for comparison"
-PANELS = (MODEL, OUTPUT, RESOURCES, SPECULATION, COMPARISON)
+PANELS = (MODEL, OUTPUT, CHOOSING, RESOURCES, SPECULATION, COMPARISON)
 
 _DEFAULTS = {field.name: field.default for field in fields(EngineConfig)}
 
@@ -105,7 +107,7 @@ PlainRay = Annotated[
 ]
 MaxNodes = Annotated[
     int | None,
-    _option(panel=SPECULATION, text="Tree nodes checked in one pass at most.", default=_DEFAULTS["max_nodes"]),
+    _option(panel=SPECULATION, text="Tree nodes checked in one pass at most.", default="128, more where they are free"),
 ]
 ProvisionalGrowth = Annotated[
     bool | None, _option(panel=SPECULATION, text="Go on drafting while a pass runs.", default="on")
@@ -183,6 +185,47 @@ TraceFile = Annotated[
     Path | None, _option("--trace", panel=OUTPUT, text="Write what every part does to this file; see `llmcad trace`.")
 ]
 
+Temperature = Annotated[
+    float | None,
+    _option(panel=CHOOSING, text="Above 0: draw tokens from the target's distribution.", default="0: none is drawn"),
+]
+TopK = Annotated[int | None, _option(panel=CHOOSING, text="Draw among the k most probable tokens.", default="all")]
+TopP = Annotated[
+    float | None,
+    _option(panel=CHOOSING, text="Draw among the likeliest tokens that have p of the probability.", default="1: all"),
+]
+MinP = Annotated[
+    float | None,
+    _option(panel=CHOOSING, text="Draw among tokens at least so likely as a share of the likeliest.", default="0: all"),
+]
+Seed = Annotated[
+    int | None, _option(panel=CHOOSING, text="Of the draws: the same one gives the same text.", default="any")
+]
+Sample = Annotated[
+    bool, _option("--sample", panel=CHOOSING, text="Draw as the model's generation config says, where it says so.")
+]
+RepetitionPenalty = Annotated[
+    float | None, _option(panel=CHOOSING, text="Above 1: less of what was said, as transformers has it.", default="1")
+]
+PresencePenalty = Annotated[
+    float | None, _option(panel=CHOOSING, text="Off the logits of tokens that the output has.", default="0")
+]
+FrequencyPenalty = Annotated[
+    float | None, _option(panel=CHOOSING, text="Off them for each time that it has them.", default="0")
+]
+LogitBias = Annotated[
+    list[str] | None,
+    _option(panel=CHOOSING, text="Add to a token's logit: ID=NUMBER; may be repeated.", default="none"),
+]
+LogProbs = Annotated[
+    int | None,
+    _option("--logprobs", panel=CHOOSING, text="With --json: every token's log-probability, and of N others."),
+]
+MaxRequests = Annotated[
+    int | None,
+    _option(panel=RESOURCES, text="Requests that share passes, as far as there is room.", default="8", min=1),
+]
+
 BELONGS_TO: dict[str, tuple[str, tuple[str, ...]]] = {
     "depth": ("fallback", ("fixed-depth",)),
     "widths": ("fallback", ("fixed-tree",)),
@@ -196,6 +239,48 @@ BELONGS_TO: dict[str, tuple[str, tuple[str, ...]]] = {
 
 OF_A_DRAFT = (*BELONGS_TO, "fallback", "provisional", "draft_threads")
 
+
+def choices_from_options(
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    sample: Sample = False,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    logit_bias: LogitBias = None,
+    logprobs: LogProbs = None,
+) -> dict[str, Any]:
+    """What was given, as options of a request."""
+    given = {name: value for name, value in locals().items() if value is not None and value is not False}
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(map(parse_bias, given["logit_bias"]))
+    return given
+
+
+def unsampled(job: "Prepared", choices: Mapping[str, Any]) -> list[str]:
+    """What is said where the model would rather be sampled."""
+    asked = {name: value for name, value in job.sampling.items() if SAMPLING[name] != value or name == "temperature"}
+    if not asked or "sample" in choices or "temperature" in choices:
+        return []
+    settings = ", ".join(f"{name} {value}" for name, value in asked.items())
+    return [
+        f"the model's generation config samples ({settings}), and this run takes the most probable tokens; --sample "
+        "does as the config says, --temperature 0 says that this is meant"
+    ]
+
+
+def parse_bias(text: str) -> tuple[int, float]:
+    """ "17=-2.5" -> (17, -2.5); raises `ConfigError`."""
+    token, _, number = text.partition("=")
+    try:
+        return int(token), float(number)
+    except ValueError:
+        raise ConfigError(f"logit_bias: {text[:200]!r} must be a token's id and a number, such as 17=-2.5") from None
+
+
 MakeDemo = Callable[[ExitStack], Path]
 """Gives the demo's target, for as long as the stack is open."""
 
@@ -203,14 +288,20 @@ MakeDemo = Callable[[ExitStack], Path]
 def takes_job(command: Callable[..., None], make_demo: MakeDemo = demo_to_run) -> Callable[..., None]:
     """The command's first parameter is made from the options that all such commands share.
 
-    It is `job`, the checked job; or `make_job`, which makes it, for a command that has something to look at before.
+    It is `job`, the checked job; or `make_job`, which makes it, for a command that has something to look at before. One
+    called `choices` becomes the options that say how tokens are chosen.
     """
     shared = inspect.signature(settings_from_options).parameters
     first, *own = inspect.signature(command).parameters.values()
+    chooses = any(parameter.name == "choices" for parameter in own)
+    own = [parameter for parameter in own if parameter.name != "choices"]
+    choosing = inspect.signature(choices_from_options).parameters if chooses else {}
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
         given = {name: options.pop(name) for name in shared}
+        if chooses:
+            options["choices"] = choices_from_options(**{name: options.pop(name) for name in choosing})
         with ExitStack() as stack:
 
             def make_job() -> "Prepared":
@@ -218,7 +309,7 @@ def takes_job(command: Callable[..., None], make_demo: MakeDemo = demo_to_run) -
 
             command(make_job if first.name == "make_job" else make_job(), **options)
 
-    parameters = sorted((*own, *shared.values()), key=_place_in_help)
+    parameters = sorted((*own, *choosing.values(), *shared.values()), key=_place_in_help)
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
@@ -237,6 +328,7 @@ def settings_from_options(
     config: ConfigFile = None,
     memory: Memory = None,
     max_context: MaxContext = None,
+    max_requests: MaxRequests = None,
     read_limit: ReadLimit = None,
     threads: Threads = None,
     draft_threads: DraftThreads = None,

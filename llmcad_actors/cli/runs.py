@@ -61,12 +61,12 @@ def generate(
 
 
 def check(
-    engine: Engine, line: StatusLine, result: Result, prompt: str, *, max_new_tokens: int, chat: bool, **others: Any
+    engine: Engine, line: StatusLine, result: Result, prompt: str, *, stop: Any, trace: Any, **options: Any
 ) -> LosslessCheck:
-    """`Engine.check_lossless`, with the status line; `others` are options of the first decoding alone."""
+    """`Engine.check_lossless`, with the status line; `stop` and `trace` are of the first decoding alone."""
     try:
         with line.following(engine, "now plainly, to compare"):
-            return engine.check_lossless(result, prompt, max_new_tokens=max_new_tokens, chat=chat)
+            return engine.check_lossless(result, prompt, **options)
     finally:
         line.end()
 

@@ -10,7 +10,7 @@ from llmcad_actors.core.budget import format_size
 from llmcad_actors.core.quoting import shown
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.plan.job import Prepared
-from llmcad_actors.plan.prediction import draft_pays, figures_of, predicted_pass
+from llmcad_actors.plan.prediction import draft_pays, figures_of, predicted_pass, sharing
 
 DEMO_ROWS: tuple[tuple[str, Callable[[Stats], str]], ...] = (
     ("seconds per token", lambda s: f"{s.seconds / s.new_tokens:.2f}"),
@@ -45,6 +45,11 @@ def plan_table(job: Prepared) -> Table:
     table.add_section()
     table.add_row("pinned", f"{len(memory.pinned)} of {len(memory.pinned) + len(memory.streamed)} shards")
     table.add_row("read from disk in a pass", format_size(memory.bytes_per_pass))
+    shared = sharing(job)
+    table.add_section()
+    table.add_row("requests at once", f"{shared['max_requests']}, of {shared['text_tokens']} tokens together")
+    table.add_row("a token of a request takes", format_size(shared["bytes_per_token"]))
+    table.add_row("tree nodes in a pass at most", str(shared["max_nodes"]))
     predicted = predicted_pass(job)
     table.add_section()
     measured = figures_of(job)

@@ -25,7 +25,11 @@ class BestFirst(GrowingTree):
         self.max_nodes = max_nodes
         self.children = children
         self.sharpens = sharpens
-        self.sharpness = Sharpness()
+        self._learnt = [Sharpness()]  # siblings share it
+
+    @property
+    def sharpness(self) -> Sharpness:
+        return self._learnt[0]
 
     def observe(self, path: np.ndarray, bonus: int) -> None:
         if self.sharpens:
@@ -38,7 +42,7 @@ class BestFirst(GrowingTree):
         children = self._nodes[self._nodes["parent"] == node]
         if self.is_expanded(node) and len(children):
             found = np.flatnonzero(children["token"] == token)
-            self.sharpness = self.sharpness.after(children["said"], int(found[0]) if len(found) else None)
+            self._learnt[0] = self.sharpness.after(children["said"], int(found[0]) if len(found) else None)
 
     def _believed(self, logprobs: np.ndarray) -> np.ndarray:
         return self.sharpness.apply(logprobs) if self.sharpens else logprobs

@@ -7,7 +7,7 @@ number is cut to a whole one, no text is read as a number, no boolean passes for
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from numbers import Integral, Real
 from typing import TypeGuard
@@ -40,6 +40,28 @@ def share(name: str, value: object) -> float:
     if not 0 < number < 1:
         raise ConfigError(f"{name}: {quoted(value)} must lie between 0 and 1")
     return number
+
+
+def number(name: str, value: object, least: float, most: float) -> float:
+    """Raises `ConfigError` unless `value` is a number of [least, most]."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ConfigError(f"{name}: {quoted(value)} must be a number")
+    found = math.inf
+    with suppress(OverflowError):
+        found = float(value)
+    if not least <= found <= most:
+        raise ConfigError(f"{name}: {quoted(value)} must lie between {least:g} and {most:g}")
+    return found
+
+
+def biases(name: str, value: object) -> tuple[tuple[int, float], ...]:
+    """A mapping from token ids to numbers between -100 and 100. Raises `ConfigError` for anything else."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name}: {quoted(value)} must be a mapping from token ids to numbers")
+    return tuple(
+        (whole_number(f"{name}: the token id", token, 0, 2**31), number(f"{name} of token {token}", bias, -100, 100))
+        for token, bias in value.items()
+    )
 
 
 def flag(name: str, value: object) -> bool:

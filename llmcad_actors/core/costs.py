@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from llmcad_actors.core.round import Submission, Verdict
+from llmcad_actors.core.round import Drafting, PassStats
 
 NOT_HIDDEN_ONE_ROW, NOT_HIDDEN = 0.5, 0.7
 """Part of the smaller of reading and computing that adds to the larger: they compete for memory and cores.
@@ -57,16 +57,17 @@ class Costs:
     drafts_ahead: bool = False  # the draft may go on during the pass, for the next tree
     plain_compute_s: float | None = None  # computing a pass of one row, which has kernels of its own; None: as b
     draft_memory_share: float = 0.0  # of a plain pass, that is saved once the draft's memory holds layers
+    num_requests: int = 1  # that the pass serves: each has a root, and yields a token besides its tree's
 
     @property
     def plain_pass_s(self) -> float:
-        """A pass over one row: no tree, no prompt."""
+        """A pass over the roots alone: no tree, no prompt."""
         return float(together(self.pass_read_s, self._plain_compute_s, overlaps=self.overlaps))
 
     @property
     def draft_row_s(self) -> float:
         """A row of many that the draft runs at once: as much less than the target's as its step is."""
-        plain = self._plain_compute_s
+        plain = self.pass_base_s if self.plain_compute_s is None else self.plain_compute_s
         return self.pass_node_s * self.draft_step_s / plain if plain > 0 else 0.0
 
     def pass_seconds(self, num_nodes: npt.ArrayLike) -> np.ndarray:
@@ -96,6 +97,8 @@ class Costs:
 
     @property
     def _plain_compute_s(self) -> float:
+        if self.num_requests > 1:
+            return self.pass_base_s + self.pass_node_s * (self.num_requests - 1)
         return self.pass_base_s if self.plain_compute_s is None else self.plain_compute_s
 
     def _left_to_read(self, drafting_s: float) -> float:
@@ -105,7 +108,7 @@ class Costs:
         return together(reading, self._compute_seconds(num_nodes), overlaps=self.overlaps)
 
     def _compute_seconds(self, num_nodes: npt.ArrayLike) -> np.ndarray:
-        rows = self.pending_rows + np.asarray(num_nodes, np.float64)
+        rows = self.pending_rows + self.num_requests - 1 + np.asarray(num_nodes, np.float64)
         return np.asarray(self.pass_base_s + self.pass_node_s * rows)
 
 
@@ -169,9 +172,9 @@ class CostModel:
             step *= mean / known
         return replace(self, plain_compute_s=mean, draft_step_s=step, num_plain=self.num_plain + 1)
 
-    def after(self, drafting: Submission, verdict: Verdict) -> Self:
+    def after(self, drafting: Drafting, times: PassStats) -> Self:
         """The model after a round. The coordinator does not see the disk, so reading shows in the waits only."""
-        model, times = self, verdict.stats
+        model = self
         steps = drafting.steps - (drafting.catch_up_s > 0)
         if steps:
             model = model.observe_step((drafting.seconds - drafting.catch_up_s) / steps)
@@ -179,7 +182,9 @@ class CostModel:
         took = times.seconds + hidden if times.stall_s > 0.05 * times.seconds else times.seconds
         return model.observe_pass(times.rows, took, min(self.read_s, took), times.compute_s)
 
-    def costs(self, drafted_s: float = 0.0, pending_rows: int = 0, *, drafts_ahead: bool = False) -> Costs:
+    def costs(
+        self, drafted_s: float = 0.0, pending_rows: int = 0, *, num_requests: int = 1, drafts_ahead: bool = False
+    ) -> Costs:
         slope, plain = self._seconds_per_row(), self.plain_compute_s
         base = self.mean_compute_s - slope * (self.mean_rows - 1)  # the root is a row too
         if plain is not None and self.num_passes and not self.num_plain:
@@ -196,6 +201,7 @@ class CostModel:
             drafts_ahead=drafts_ahead,
             plain_compute_s=plain,
             draft_memory_share=self.draft_memory_share,
+            num_requests=num_requests,
         )
 
     def _seconds_per_row(self) -> float:

@@ -164,10 +164,10 @@ class TokenConfidence(_SubmitsAll):
 class MarginalThroughput:
     """Ours: draft on while the next step raises the tokens per second expected of the round.
 
-    A pass over the n best nodes yields A = 1 + p_1 + ... + p_n tokens (the bonus, and each node with its
-    calibrated probability) in a round of R seconds (`Costs.round_seconds`: drafting so far, and the pass). One
-    step more is expected to yield A + g in R + c seconds, where c is what of the step is not hidden behind
-    reading, plus the computing of the nodes it adds. It pays when
+    A pass over the n best nodes of r requests' trees yields A = r + p_1 + ... + p_n tokens (a bonus for each request,
+    and each node with its calibrated probability) in a round of R seconds (`Costs.round_seconds`: drafting so far, and
+    the pass). One step more is expected to yield A + g in R + c seconds, where c is what of the step is not hidden
+    behind reading, plus the computing of the nodes it adds. It pays when
 
         (A + g) / (R + c) > A / R,   that is   g / c > A / R :
 
@@ -199,7 +199,7 @@ class MarginalThroughput:
             return True
         probabilities = self.calibration.apply(growth.cumulative)
         count = _best_count(probabilities, costs) or min(1, len(probabilities))
-        tokens = 1.0 + float(probabilities[:count].sum())
+        tokens = costs.num_requests + float(probabilities[:count].sum())
         rate = tokens / costs.without_prompt().round_seconds(count)
         nodes = count + growth.next_gain / max(growth.best_frontier, _LEAST_CONFIDENCE)
         longer = costs.round_seconds(nodes, costs.draft_step_s) - costs.round_seconds(count)
@@ -210,8 +210,9 @@ class MarginalThroughput:
         """One node at least, but none where the tree is next to worthless."""
         probabilities = self.calibration.apply(cumulative)
         count = _best_count(probabilities, costs) or min(1, len(cumulative))
-        hoped = 1.0 + _HOPE * float(probabilities[:count].sum())
-        is_worthless = hoped * costs.seconds_without_nodes() < float(costs.round_seconds(count))
+        hoped = costs.num_requests + _HOPE * float(probabilities[:count].sum())
+        without = costs.num_requests * float(costs.round_seconds(count))
+        is_worthless = hoped * costs.seconds_without_nodes() < without
         return 0 if is_worthless else count
 
     def after_round(self, done: Round) -> Self:
@@ -231,11 +232,11 @@ class MarginalThroughput:
 
 
 def _best_count(probabilities: np.ndarray, costs: Costs) -> int:
-    """n that maximises (1 + p_1 + ... + p_n) / round(n): CaDDTree's rule.
+    """n that maximises (r + p_1 + ... + p_n) / round(n), for r requests: CaDDTree's rule.
 
     Written as the n that gains most at the best rate, which is the same, and holds for a prompt's pass too.
     """
-    tokens = 1.0 + np.concatenate([[0.0], np.cumsum(probabilities)])
+    tokens = costs.num_requests + np.concatenate([[0.0], np.cumsum(probabilities)])
     nodes = np.arange(len(tokens))
     best_rate = (tokens / costs.without_prompt().round_seconds(nodes)).max()
     return int(np.argmax(tokens - best_rate * costs.round_seconds(nodes)))

@@ -4,8 +4,10 @@ A builder differs from another in three decisions, the abstract methods: which n
 node's candidates to score, and which scored nodes to submit. It knows no model and no cache.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
@@ -39,6 +41,12 @@ class GrowingTree(ABC):
         self._ranking: np.ndarray | None = None
         self._table = np.zeros(256, _NODE)  # the last row is the root: index -1, depth 0, log-probability 0
         self.reset()
+
+    def sibling(self) -> Self:
+        other = copy.copy(self)
+        other._table = np.zeros(256, _NODE)
+        other.reset()
+        return other
 
     @abstractmethod
     def _frontier(self, limit: int, beyond: bool) -> np.ndarray:
@@ -113,6 +121,9 @@ class GrowingTree(ABC):
     def rows(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         chosen = self._nodes[nodes]
         return chosen["token"], chosen["parent"], chosen["depth"]
+
+    def chances(self, nodes: np.ndarray) -> np.ndarray:
+        return np.asarray(np.exp(self._table["cumulative"][nodes]))
 
     def is_expanded(self, node: int) -> bool:
         return bool(self._table["expanded"][node])

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -21,6 +21,23 @@ class Growth:
     exhausted: bool  # no further step can change the tree that would be submitted
     cumulative: np.ndarray  # float64[num_nodes], their cumulative probabilities, descending
     next_gain: float  # tokens that one more step is expected to add to sum(cumulative)
+
+    @classmethod
+    def of_all(cls, growths: Sequence[Self]) -> Self:
+        """Of several trees that grow in shared steps, as if they were one. At least one is given."""
+        if len(growths) == 1:
+            return growths[0]
+        growing = [each for each in growths if not each.exhausted]
+        return cls(
+            steps=max(each.steps for each in growths),
+            num_nodes=sum(each.num_nodes for each in growths),
+            best_frontier=max(each.best_frontier for each in growths),
+            last_confidence=max(each.last_confidence for each in growing or growths),
+            depth=min(each.depth for each in growing or growths),
+            exhausted=not growing,
+            cumulative=-np.sort(-np.concatenate([each.cumulative for each in growths])),
+            next_gain=sum(each.next_gain for each in growths),
+        )
 
 
 class TreeBuilder(Protocol):
@@ -48,6 +65,9 @@ class TreeBuilder(Protocol):
         A node that had been run makes a root that counts as run.
         """
 
+    def sibling(self) -> Self:
+        """An empty tree of the same kind. What either learns from verdicts, both know."""
+
     def reset(self) -> None:
         """Forget everything: the root is to be run."""
 
@@ -56,6 +76,9 @@ class TreeBuilder(Protocol):
 
     def rows(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, parents (-1: root) and depths of scored nodes."""
+
+    def chances(self, nodes: np.ndarray) -> np.ndarray:
+        """float64: the cumulative probabilities of scored nodes (-1: root, 1)."""
 
     def is_expanded(self, node: int) -> bool:
         """Whether the draft has run `node` (-1: root)."""

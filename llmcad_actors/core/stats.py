@@ -66,3 +66,24 @@ class Stats:
             stall_seconds=self.stall_seconds + stall_s,
             undrafted_passes=self.undrafted_passes + (not is_drafted),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Of an engine: what all requests that have ended took part in."""
+
+    requests: int = 0
+    new_tokens: int = 0
+    draft_steps: int = 0
+    accepted_tokens: int = 0
+    verified_nodes: int = 0
+
+    def plus(self, stats: Stats) -> Self:
+        return replace(
+            self,
+            requests=self.requests + 1,
+            new_tokens=self.new_tokens + stats.new_tokens,
+            draft_steps=self.draft_steps + stats.draft_steps,
+            accepted_tokens=self.accepted_tokens + stats.accepted_tokens,
+            verified_nodes=self.verified_nodes + stats.verified_nodes,
+        )

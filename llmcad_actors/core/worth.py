@@ -42,7 +42,7 @@ class Round:
     """What a round brought, and took."""
 
     is_drafted: bool
-    tokens: int
+    tokens: float  # a request
     seconds: float  # in all, on the clock
     catch_up_s: float = 0.0  # of them, the draft's reading of text that it had not seen
 
@@ -69,7 +69,7 @@ class Worth:
     credit: float = FIRST_CREDIT
     share: float = FIRST_SHARE
     all_rounds: int = 0  # drafted ones, of late or not
-    all_right: int = 0  # guesses in them that were right
+    all_right: float = 0.0  # guesses in them that were right, a request
 
     def should_draft(self, costs: Costs, unseen: int, left: int) -> bool:
         """Whether to draft in this round.
@@ -80,8 +80,8 @@ class Worth:
         reading_up_s = unseen * costs.draft_row_s
         if not self.rounds and not can_pay(costs):
             return False
-        if self.rounds and self._is_in_doubt(plain_s):
-            return False
+        if self.rounds and not costs.pending_rows and self._is_in_doubt(plain_s):
+            return False  # a pass that runs a prompt would not tell how long a plain one takes
         gain = self._gain(plain_s)
         if gain > 0:
             return reading_up_s <= gain * plain_s * left * self.rounds / self.tokens
@@ -95,9 +95,9 @@ class Worth:
         """Whether the draft's memory is surely worth more than its guesses."""
         return self._may_be_useless(costs) and self.all_rounds >= self._enough_rounds
 
-    def _rounds_of_trial(self, costs: Costs) -> int:
+    def _rounds_of_trial(self, costs: Costs) -> float:
         """Rounds that are missing until the draft may be called useless; 0: it is not, or there are enough."""
-        return max(self._enough_rounds - self.all_rounds, 0) if self._may_be_useless(costs) else 0
+        return max(self._enough_rounds - self.all_rounds, 0.0) if self._may_be_useless(costs) else 0.0
 
     def _may_be_useless(self, costs: Costs) -> bool:
         """A guess that is right saves a pass; the memory saves a share of every pass."""
@@ -105,7 +105,7 @@ class Worth:
         return share >= LEAST_MEMORY_SHARE and self.all_right < share * max(self.all_rounds, self._enough_rounds)
 
     @property
-    def _enough_rounds(self) -> int:
+    def _enough_rounds(self) -> float:
         """With these, a draft that is right in every other round is taken for useless once in 2000 times."""
         return ENOUGH_ROUNDS + ROUNDS_PER_RIGHT * self.all_right
 

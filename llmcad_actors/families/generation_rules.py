@@ -110,6 +110,33 @@ def active_rules(settings: Settings, vocab: int) -> dict[str, Any]:
     return active
 
 
+SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
+"""Of a model that samples: what holds where its generation config does not say otherwise, as in `generate`."""
+
+
+_RANGES = {"temperature": (0, 100), "top_k": (0, 10**9), "top_p": (0, 1), "min_p": (0, 1)}
+
+
+def sampling_of(settings: Settings) -> dict[str, Any]:
+    """How the model would sample, by the names of our options; empty where it would not.
+
+    Raises `CheckpointError` for a value that cannot be.
+    """
+    if settings.get("do_sample") is not True:
+        return {}
+    found = {name: default if settings.get(name) is None else settings[name] for name, default in SAMPLING.items()}
+    for name, value in found.items():
+        least, most = _RANGES[name]
+        is_number = type(value) in ((int,) if name == "top_k" else (int, float))
+        if not is_number or not least <= value <= most:
+            kind = "whole number" if name == "top_k" else "number"
+            raise CheckpointError(
+                f"generation_config.json: {name} must be a {kind} from {least} to {most}, found {quoted(value)}; "
+                "correct the file, or remove the setting"
+            )
+    return found
+
+
 def ignored_rules(settings: Settings) -> tuple[str, ...]:
     """Settings that would change greedy output and are not supported."""
     return tuple(

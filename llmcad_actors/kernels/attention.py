@@ -6,6 +6,7 @@ by its name: `install`.
 
 import ctypes
 import functools
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,8 @@ from llmcad_actors.kernels import library as kernels
 NAME = "llmcad"
 SMALL = 1 << 18
 """Products of numbers that one thread has done before another has begun."""
+
+KEPT_RUNS = 4
 
 Runs = tuple[torch.Tensor, torch.Tensor]
 """What rows see: where each row's runs begin, int32 [rows + 1], and the runs of columns, int32 [runs, 2]."""
@@ -97,15 +100,17 @@ def everything(rows: int, columns: int) -> Runs:
 
 
 class _LastRuns:
-    """Layers ask with one mask in turn."""
+    """Layers ask with the masks of a pass in turn: of its chunks, and of windows."""
 
     def __init__(self) -> None:
-        self._mask, self._runs = torch.empty(0), everything(0, 0)
+        self._last: deque[tuple[torch.Tensor, Runs]] = deque(maxlen=KEPT_RUNS)
 
     def of(self, mask: torch.Tensor) -> Runs:
-        if self._mask is not mask:
-            self._mask, self._runs = mask, runs_of(mask[0, 0])
-        return self._runs
+        for known, runs in self._last:
+            if known is mask:
+                return runs
+        self._last.append((mask, runs_of(mask[0, 0])))
+        return self._last[-1][1]
 
 
 def install(model: Any) -> None:

@@ -1,6 +1,6 @@
 """A layer runs the rows of a pass in chunks, so that activations stay bounded however long the prompt is.
 
-A row sees rows before it and itself, so a chunk needs the cache as far as its own last row. The layer's weights stay
+A row sees rows before it and itself, so what comes after a chunk need not be in the cache yet. The layer's weights stay
 in place over all chunks, and only hidden states [1, rows, hidden] are kept from one layer to the next.
 """
 
@@ -11,7 +11,11 @@ import torch
 from torch import nn
 
 BuildMask = Callable[[int, int], torch.Tensor]
-"""Rows `start` to `end` of an additive mask: [1, 1, end - start, cached + end]."""
+"""Rows `start` to `end` of an additive mask: [1, 1, end - start, columns]."""
+
+
+KEPT_CHUNKS = 2
+"""Of a mask: all of a pass over trees, as a rule."""
 
 
 class ChunkedMask(torch.Tensor):
@@ -21,20 +25,22 @@ class ChunkedMask(torch.Tensor):
     """
 
     _build: BuildMask
-    _last: tuple[int, int, torch.Tensor]
+    _kept: dict[tuple[int, int], torch.Tensor]
 
     @classmethod
     def of(cls, rows: int, columns: int, build: BuildMask) -> Self:
         mask = torch.zeros(()).expand(1, 1, rows, columns).as_subclass(cls)
         mask._build = build
-        mask._last = (0, 0, torch.empty(0))
+        mask._kept = {}
         return mask
 
     def rows_of(self, start: int, end: int) -> torch.Tensor:
-        """Rows `start` to `end`, [1, 1, end - start, cached + end]. The last one is kept: layers ask in turn."""
-        if self._last[:2] != (start, end):
-            self._last = (start, end, self._build(start, end))
-        return self._last[2]
+        """Rows `start` to `end`, [1, 1, end - start, columns]. The last ones are kept: layers ask in turn."""
+        if (start, end) not in self._kept:
+            if len(self._kept) == KEPT_CHUNKS:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[start, end] = self._build(start, end)
+        return self._kept[start, end]
 
 
 def install(decoder: nn.Module, layers: nn.ModuleList, chunk_rows: int) -> None:

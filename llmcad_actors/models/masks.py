@@ -55,10 +55,10 @@ class SlidingWindows:
         return {FULL: mask, SLIDING: sliding} if self.by_layer_type else sliding
 
     def chunked(self, build: BuildMask, queries: np.ndarray, keys: np.ndarray) -> Masks:
-        """`masks` for the mask that `build` makes chunk by chunk; the keys end with the queries' own."""
+        """`masks` for the mask that `build` makes chunk by chunk."""
 
         def sliding(start: int, end: int) -> torch.Tensor:
-            found = self.masks(build(start, end), queries[start:end], keys[: len(keys) - len(queries) + end])
+            found = self.masks(build(start, end), queries[start:end], keys)
             return found[SLIDING] if isinstance(found, dict) else found
 
         full = ChunkedMask.of(len(queries), len(keys), build)

@@ -13,7 +13,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from llmcad_actors.families.families import family_of
 from llmcad_actors.families.generation_rules import start_token
 from llmcad_actors.models.chunks import BuildMask
-from llmcad_actors.models.kv_cache import TreeCache
+from llmcad_actors.models.kv_arena import Arena
 from llmcad_actors.models.masks import SlidingWindows
 from llmcad_actors.models.tree_positions import TreePositions
 
@@ -29,12 +29,12 @@ class Stack(Protocol):
         """Start on a prompt; returns the tokens that the decoder's text begins with."""
 
     def run(
-        self, ids: torch.Tensor, mask: AnyMask, positions: np.ndarray, keys: np.ndarray, cache: TreeCache
+        self, ids: torch.Tensor, mask: AnyMask, positions: np.ndarray, keys: np.ndarray, cache: Arena
     ) -> torch.Tensor:
-        """Final hidden states [rows, hidden] of decoder rows `ids` [rows], whose keys and values join `cache`.
+        """Final hidden states [rows, hidden] of decoder rows `ids` [rows], whose keys and values go to `cache`.
 
-        mask: additive, [1, 1, rows, cached + rows], or what builds it, for layers that run in chunks. positions, keys:
-        of the rows [rows] and of all that they may see [cached + rows].
+        mask: additive, [1, 1, rows, columns], or what builds it, for layers that run in chunks; columns: the rows of
+        the cache that the pass looks at. positions, keys: in the text, of the rows [rows] and of the columns [columns].
         """
 
 
@@ -56,7 +56,7 @@ class DecoderOnly:
         return tuple(prompt)
 
     def run(
-        self, ids: torch.Tensor, mask: AnyMask, positions: np.ndarray, keys: np.ndarray, cache: TreeCache
+        self, ids: torch.Tensor, mask: AnyMask, positions: np.ndarray, keys: np.ndarray, cache: Arena
     ) -> torch.Tensor:
         masks = self._windows.masks if isinstance(mask, torch.Tensor) else self._windows.chunked
         output = self._base(
@@ -94,7 +94,7 @@ class EncoderDecoder:
         return (self._start,)
 
     def run(
-        self, ids: torch.Tensor, mask: AnyMask, positions: np.ndarray, keys: np.ndarray, cache: TreeCache
+        self, ids: torch.Tensor, mask: AnyMask, positions: np.ndarray, keys: np.ndarray, cache: Arena
     ) -> torch.Tensor:
         if self._encoded is None:
             self._encoded = self._encoder(input_ids=torch.tensor([self._prompt])).last_hidden_state

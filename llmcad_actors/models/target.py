@@ -1,12 +1,13 @@
-"""The target: one streamed pass checks a whole token tree.
+"""The target: one streamed pass checks the token trees of all running requests.
 
-Rows of a pass are the committed tokens that the cache does not hold yet (the whole prompt at first, then only the
-root), followed by the tree's nodes. The target knows nothing of actors; weights come from a `ShardSource`.
+Rows of a pass are, for each request, the committed tokens that the cache does not hold yet (its prompt at first, then
+only the root), followed by its tree's nodes. The target knows nothing of actors; weights come from a `ShardSource`.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 from transformers import LogitsProcessorList
 
 from llmcad_actors.core.acceptance import Choices, walk
-from llmcad_actors.core.round import PassStats, Verdict
+from llmcad_actors.core.choosing import Noise, TokenLogprobs
+from llmcad_actors.core.request import Request
+from llmcad_actors.core.round import Check, PassReport, PassStats, Verdict
 from llmcad_actors.core.tree import TokenTree
-from llmcad_actors.errors import CheckpointError, LlmcadError
+from llmcad_actors.errors import CheckpointError, EngineBusyError, LlmcadError
 from llmcad_actors.families.family import Family
 from llmcad_actors.families.generation_rules import active_rules
 from llmcad_actors.kernels import attention, linear
@@ -25,8 +28,8 @@ from llmcad_actors.kernels.tensors import DTYPES, as_tensor
 from llmcad_actors.models import chunks, vocabulary
 from llmcad_actors.models.embedding import EmbeddingRows
 from llmcad_actors.models.experts import joined_name, shapes_with_experts, with_experts
-from llmcad_actors.models.kv_cache import TreeCache
-from llmcad_actors.models.processors import PathChoices, make_processors
+from llmcad_actors.models.kv_arena import Arena, Block, Shelf
+from llmcad_actors.models.processors import PathChoices, logprobs_of, make_processors
 from llmcad_actors.models.skeleton import Slots, build_skeleton, stream_embedding, stream_layers
 from llmcad_actors.models.softcap import soft_capped, softcap_of
 from llmcad_actors.models.sound import SoundChoices, is_sound, not_finite
@@ -37,8 +40,77 @@ from llmcad_actors.storage.layout import Layout, ShardSpec
 from llmcad_actors.storage.reader import read_bytes
 
 
+@dataclass(eq=False)
+class Text:
+    """A request's text, as far as the target has said it, and where its rows are."""
+
+    request: Request
+    tokens: list[int]  # committed; the last is the root, which the cache does not hold
+    block: Block  # of the rows
+    cached: int  # rows that hold tokens
+    processors: LogitsProcessorList
+    noise: Noise | None
+
+    @property
+    def needs_whole_rows(self) -> bool:
+        return bool(self.processors) or self.request.choosing.needs_whole_rows
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A request's share of a pass."""
+
+    number: int
+    text: Text
+    tree: TokenTree
+    first: int  # of the pass's rows
+    pending: int  # committed tokens that it runs
+    scratch: int  # the arena's row of its first node
+
+    @property
+    def has_root(self) -> bool:
+        """The prompt is run to its end, so there is something to choose."""
+        return self.text.cached + self.pending == len(self.text.tokens)
+
+    @property
+    def rows(self) -> int:
+        return self.pending + len(self.tree)
+
+    @property
+    def chooses(self) -> range:
+        """The pass's rows, root and nodes, after which a token is chosen."""
+        return range(self.first + self.pending - 1, self.first + self.rows) if self.has_root else range(0)
+
+    @property
+    def places(self) -> np.ndarray:
+        """int64[rows]: where in the arena."""
+        start = self.text.block.start + self.text.cached
+        return np.concatenate(
+            [np.arange(start, start + self.pending), np.arange(self.scratch, self.scratch + len(self.tree))]
+        )
+
+    @property
+    def positions(self) -> np.ndarray:
+        """int64[rows]: in the text."""
+        cached, root = self.text.cached, len(self.text.tokens) - 1
+        return np.concatenate([np.arange(cached, cached + self.pending), root + self.tree.depths])
+
+    def show(self, visible: np.ndarray, start: int, end: int, ancestors: np.ndarray) -> None:
+        """Write into bool `visible` [end - start, columns] what the part's rows among start ... end see."""
+        rows = np.arange(max(start, self.first), min(end, self.first + self.rows))
+        if not len(rows):
+            return
+        begin, own, at = self.text.block.start, rows - self.first, rows - start
+        last = np.minimum(own + 1, self.pending) + self.text.cached  # a prompt's tokens are causal
+        columns = np.arange(self.text.cached + self.pending)
+        visible[at[0] : at[-1] + 1, begin : begin + len(columns)] = columns < last[:, None]
+        if (nodes := own >= self.pending).any():
+            seen = ancestors[own[nodes] - self.pending + 1, 1:]
+            visible[at[nodes], self.scratch : self.scratch + len(self.tree)] = seen
+
+
 class Target:
-    """A checkpoint's model, its key/value cache, and the committed tokens it has seen."""
+    """A checkpoint's model, its key/value cache, and the texts that it goes on with."""
 
     def __init__(
         self,
@@ -48,9 +120,10 @@ class Target:
         *,
         dtype: torch.dtype,
         capacity: int,
+        max_nodes: int = 128,
         prefill_chunk: int = 256,
     ) -> None:
-        """`capacity`: rows of the cache, context plus those of the largest tree.
+        """`capacity`: rows of the cache for texts, of all requests together. max_nodes: of a pass's trees together.
 
         `prefill_chunk`: rows that a layer runs at a time.
         """
@@ -73,12 +146,10 @@ class Target:
             stream_embedding(embedding, rows.lookup)
         self._head_bias = self._load_resident()
         self._stack = stack_of(model, checkpoint.generation_settings)
-        self._cache = TreeCache(len(layout.layers), capacity)
-        self._tokens: list[int] = []  # committed; the last is the root, which the cache does not hold
-        self._prompt_length = 0  # of them
-        self._stop: frozenset[int] = frozenset()
+        self._arena = Arena(len(layout.layers), capacity, max_nodes)
+        self._max_nodes = max_nodes
+        self._shelf = Shelf[Text](self._arena)
         self._rules = active_rules(checkpoint.generation_settings, layout.embedding.shape[0])
-        self._processors = LogitsProcessorList()
         self._stall_s = 0.0
 
     def _stream(self, name: str, specs: Sequence[ShardSpec], chunk_rows: int | None) -> None:
@@ -140,162 +211,226 @@ class Target:
             finally:
                 tensors.clear()  # before the lease ends: the loader counts its bytes as free from then on
 
-    def begin(self, prompt: Sequence[int], stop_tokens: Sequence[int], max_new_tokens: int | None = None) -> int:
-        """Start on a prompt; returns how many of its tokens the cache holds already (a shared prefix).
+    @property
+    def num_rows(self) -> int:
+        """Rows of the cache that running requests hold."""
+        return sum(text.block.size for text in self._shelf.texts.values())
 
-        max_new_tokens: where a forced last token would stand; None: as many as the cache holds.
+    def begin(self, number: int, request: Request) -> int:
+        """Go on from a prompt; returns how many of its tokens the cache holds, of this or that text that begins so.
+
+        Raises ValueError where the cache has no room.
         """
-        text = self._stack.begin(prompt)
-        shared = self._go_on_from(text)
-        self._prompt_length = len(text)
-        self._stop = frozenset(stop_tokens)
-        max_length = self._cache.capacity if max_new_tokens is None else len(text) + max_new_tokens
-        self._processors = make_processors(
-            self._rules, prompt_length=len(text), max_length=max_length, stop_tokens=stop_tokens
-        )
-        return shared
+        self._check_alone()
+        return self._begin(number, request, self._stack.begin(request.prompt)).cached
 
-    @torch.inference_mode()
-    def verify(self, tree: TokenTree) -> Verdict:
-        """One pass over the uncached committed tokens and `tree`; the accepted path is committed.
+    def _check_alone(self) -> None:
+        """An encoder's states are of one prompt."""
+        if self.layout.family.encoder is not None and self._shelf.texts:
+            raise ValueError("an encoder-decoder model runs one request at a time")
 
-        Raises `StorageError` when a file of the checkpoint has changed since it was opened, and `CheckpointError` when
-        logits that a choice depends on are not finite.
-        """
-        started, self._stall_s = time.perf_counter(), 0.0
-        cached = self._cache.length
-        pending = self._tokens[cached:]
-        try:
-            with self._multiplying():
-                hidden = self._forward(pending, tree)
-                choices = self._choices(hidden[len(pending) - 1 : len(pending) + len(tree)], tree)
-                accepted = walk(tree, choices, self._stop)
-            self._checkpoint.check_unchanged()  # nothing comes of a pass that read what was being written
-        except BaseException as error:
-            self._cache.keep(cached, ())  # the layers that did run have added rows
-            if isinstance(error, LlmcadError):
-                self._checkpoint.check_unchanged()  # which explains whatever else went wrong
-            raise
-        self._commit(tree, accepted.path, accepted.bonus, cached, len(pending))
-        seconds = time.perf_counter() - started
-        stats = PassStats(seconds, self._stall_s, seconds - self._stall_s, len(hidden))
-        return Verdict(accepted.path, accepted.bonus, accepted.stopped, stats)
-
-    def _go_on_from(self, text: Sequence[int]) -> int:
-        """`text` is committed, and of the cache what belongs to it stays; returns so many rows."""
-        shared = common_prefix(self._tokens[: self._cache.length], text[:-1])
-        self._cache.keep(shared, ())
-        self._tokens = list(text)
-        return shared
+    def end(self, number: int) -> None:
+        """The request needs its rows no more. One that is not known has ended already."""
+        self._shelf.end(number)
 
     def forget(self) -> None:
-        """Hold no row of the last text: whatever prompt comes next is computed anew."""
-        self._cache.keep(0, ())
+        """Hold no row of a text that has ended: whatever prompt comes next is computed anew."""
+        self._shelf.forget()
+
+    def _begin(self, number: int, request: Request, prompt: Sequence[int], output: Sequence[int] = ()) -> Text:
+        choosing, prompt_length, tokens = request.choosing, len(prompt), [*prompt, *output]
+        block, shared = self._shelf.rows_for(tokens, prompt_length + request.max_new_tokens)
+        processors = make_processors(
+            self._rules,
+            choosing,
+            prompt_length=prompt_length,
+            max_length=prompt_length + request.max_new_tokens,
+            stop_tokens=request.stop_tokens,
+        )
+        noise = Noise(choosing.seed, self.layout.embedding.shape[0]) if choosing.is_sampled else None
+        text = Text(request, tokens, block, shared, processors, noise)
+        self._shelf.texts[number] = text
+        return text
 
     @torch.inference_mode()
-    def logits_after(self, output: Sequence[int], tokens: Sequence[int]) -> list[float]:
-        """The logits of `tokens` behind the last prompt and `output`, as the choice there sees them: rules included.
+    def verify(self, checks: Sequence[Check]) -> PassReport:
+        """One pass over the uncached committed tokens and the trees of requests; the accepted paths are committed.
 
-        Rows of this text that the cache holds are used: behind a plain run only the last one is computed, alone, as it
-        was in that run. Raises as `verify`.
+        Raises `StorageError` when a file of the checkpoint has changed since it was opened. A request whose logits are
+        not finite where a choice depends on them, or that leaves no token to choose, is refused alone.
         """
-        text = [*self._tokens[: self._prompt_length], *output]
-        cached = self._go_on_from(text)
+        started, self._stall_s = time.perf_counter(), 0.0
+        parts = self._parts(checks)
         try:
             with self._multiplying():
-                hidden = self._forward(text[cached:], TokenTree.empty())
-                scores = self._logits(hidden[len(text) - 1 - cached][None]).float()
+                hidden = self._forward(parts)
+                judged = self._judge(hidden, parts)
+            self._checkpoint.check_unchanged()  # nothing comes of a pass that read what was being written
+        except LlmcadError:
+            self._checkpoint.check_unchanged()  # which explains whatever else went wrong
+            raise
+        verdicts = {number: found for number, found in judged.items() if isinstance(found, Verdict)}
+        refused = {number: str(found) for number, found in judged.items() if not isinstance(found, Verdict)}
+        for part in parts:
+            if part.number not in refused:
+                self._commit(part, verdicts.get(part.number))
+        seconds = time.perf_counter() - started
+        stats = PassStats(seconds, self._stall_s, seconds - self._stall_s, len(hidden))
+        return PassReport(stats, verdicts, refused)
+
+    def _parts(self, checks: Sequence[Check]) -> list[Part]:
+        parts, first, scratch = list[Part](), 0, self._arena.end
+        for check in checks:
+            text = self._shelf.texts[check.number]
+            pending = missing = len(text.tokens) - text.cached
+            if check.most_prompt is not None and missing > check.most_prompt + 1:
+                pending = check.most_prompt
+            tree = check.tree if pending == missing else TokenTree.empty()
+            parts.append(part := Part(check.number, text, tree, first, pending, scratch))
+            first, scratch = first + part.rows, scratch + len(tree)
+        nodes = scratch - self._arena.end
+        if nodes > self._max_nodes:
+            raise ValueError(f"the cache has room for trees of {self._max_nodes} nodes, not of {nodes}")
+        return parts
+
+    @torch.inference_mode()
+    def logits_after(self, request: Request, output: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        """The logits of `tokens` behind the prompt and `output`, as the choice there sees them: rules included.
+
+        Rows of this text that the cache holds are used: behind a plain run only the last one is computed, alone, as it
+        was in that run. Raises as `verify`, and `EngineBusyError` where running requests leave no room.
+        """
+        number = -1  # of no request
+        try:
+            self._check_alone()
+            text = self._begin(number, request, self._stack.begin(request.prompt), output)
+        except ValueError as error:
+            raise EngineBusyError(f"{error}; ask again when no other request is under way") from None
+        try:
+            part = self._parts([Check(number, TokenTree.empty())])[0]
+            with self._multiplying():
+                scores = self._logits(self._forward([part])[-1:]).float()
             self._checkpoint.check_unchanged()
+            found: list[float] = text.processors(torch.tensor([text.tokens]), scores)[0, list(tokens)].tolist()
+            return found
         finally:
-            self._cache.keep(cached, ())
-        scores = self._processors(torch.tensor([text]), scores)
-        found: list[float] = scores[0, list(tokens)].tolist()
-        return found
+            self.end(number)
 
     def _multiplying(self) -> AbstractContextManager[None]:
         """Around the products of a pass."""
         return linear.cores(self.dtype) if self._is_widened else nullcontext()
 
-    def _forward(self, pending: list[int], tree: TokenTree) -> torch.Tensor:
-        """Final hidden states [rows, hidden] of the pending tokens and the tree."""
-        ids = torch.tensor([*pending, *tree.tokens.tolist()])
-        root = len(self._tokens) - 1
-        positions = np.concatenate([np.arange(self._cache.length, root + 1), root + tree.depths])
-        keys = np.concatenate([np.arange(self._cache.length), positions])
-        return self._stack.run(ids, self._mask(len(pending), tree), positions, keys, self._cache)
+    def _forward(self, parts: Sequence[Part]) -> torch.Tensor:
+        """Final hidden states [rows, hidden] of the parts."""
+        ids = [token for part in parts for token in (*_pending_tokens(part), *part.tree.tokens.tolist())]
+        places = np.concatenate([part.places for part in parts])
+        positions = np.concatenate([part.positions for part in parts])
+        end = self._arena.end + sum(len(part.tree) for part in parts)
+        with self._arena.writing(places, positions, end):
+            keys = self._arena.positions[:end]
+            return self._stack.run(torch.tensor(ids), self._mask(parts, end), positions, keys, self._arena)
 
-    def _mask(self, pending: int, tree: TokenTree) -> chunks.BuildMask:
-        """Builds the mask of a pass: pending rows are causal, nodes see what is pending and their ancestors."""
-        cached = self._cache.length
-        ancestors = tree.ancestor_mask()
+    def _mask(self, parts: Sequence[Part], end: int) -> chunks.BuildMask:
+        """Builds the mask of a pass: every part sees its own text alone."""
+        ancestors = [part.tree.ancestor_mask() for part in parts]
 
-        def build(start: int, end: int) -> torch.Tensor:
-            visible = np.zeros((end - start, cached + end), dtype=bool)
-            visible[:, :cached] = True
-            own = visible[:, cached:]
-            own[:, :pending] = np.tri(end - start, min(pending, end), start, dtype=bool)
-            first = max(start, pending - 1)
-            if first < end:
-                seen = ancestors[first - pending + 1 : end - pending + 1, : end - pending + 1]
-                own[first - start :, pending - 1 :] |= seen
+        def build(first: int, last: int) -> torch.Tensor:
+            visible = np.zeros((last - first, end), dtype=bool)
+            for part, above in zip(parts, ancestors, strict=True):
+                part.show(visible, first, last, above)
             mask = torch.zeros(visible.shape, dtype=self.dtype)
             return mask.masked_fill_(torch.from_numpy(~visible), torch.finfo(self.dtype).min)[None, None]
 
         return build
 
-    def _choices(self, hidden: torch.Tensor, tree: TokenTree) -> Choices:
-        """The target's own next token after each row of hidden states [nodes + 1, hidden]."""
-        if not self._processors:
-            return SoundChoices(*self._choose(hidden), self._not_finite)
-        logits = self._logits(hidden)
-        chosen = PathChoices(logits, self._processors, self._tokens, tree)
-        return SoundChoices(chosen, is_sound(logits.max(dim=-1).values), self._not_finite)
+    def _judge(self, hidden: torch.Tensor, parts: Sequence[Part]) -> dict[int, Verdict | CheckpointError]:
+        """The verdict on each part that has one, or why its request cannot go on."""
+        groups: tuple[list[Part], list[Part]] = ([], [])
+        for part in parts:
+            groups[part.text.needs_whole_rows].append(part)
+        rows = [[row for part in group for row in part.chooses] for group in groups]
+        choice, sound, logits = self._through_head(*(hidden[of_group] for of_group in rows))
+        found: dict[int, Verdict | CheckpointError] = {}
+        for is_whole, group in enumerate(groups):
+            start = 0
+            for part in group:
+                own = slice(start, start + len(part.chooses))
+                start = own.stop
+                if part.has_root:
+                    choices = self._path_choices(logits[own], part) if is_whole else (choice[own], sound[own])
+                    found[part.number] = self._verdict(part, *choices, logits[own] if is_whole else None)
+        return found
+
+    def _path_choices(self, logits: torch.Tensor, part: Part) -> tuple[Choices, torch.Tensor]:
+        text = part.text
+        chosen = PathChoices(logits, text.processors, text.tokens, part.tree, text.noise)
+        return chosen, is_sound(logits.max(dim=-1).values)
+
+    def _verdict(
+        self, part: Part, choices: Choices, sound: torch.Tensor, logits: torch.Tensor | None
+    ) -> Verdict | CheckpointError:
+        request = part.text.request
+        try:
+            accepted = walk(part.tree, SoundChoices(choices, sound, self._not_finite), frozenset(request.stop_tokens))
+        except CheckpointError as error:
+            return error
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if logits is not None and request.choosing.logprobs is not None:
+            rows = [0, *(node + 1 for node in accepted.path)]
+            logprobs = logprobs_of(logits[rows], accepted.emitted(part.tree), request.choosing.logprobs)
+        return Verdict(accepted.path, accepted.bonus, accepted.stopped, logprobs)
 
     def _not_finite(self) -> CheckpointError:
         return not_finite("target", self._checkpoint.path, self.dtype)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Whole rows of logits [rows, vocab] in the computing type."""
-        logits = torch.empty(len(hidden), self.layout.embedding.shape[0], dtype=self.dtype)
-        for spec in self.layout.head:
-            with self._leased(spec.name, spec.tensors) as tensors:
-                for start, part in self._parts_of_logits(hidden, spec, tensors):
-                    logits[:, start : start + part.shape[1]] = part
-        return logits
+        return self._through_head(hidden[:0], hidden)[2]
 
-    def _choose(self, hidden: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
-        """The target's own next token after each row, int64 [rows], ties to the lowest id; and which rows are sound."""
-        best = torch.full((len(hidden),), -torch.inf)
-        choice = torch.zeros(len(hidden), dtype=torch.int64)
+    def _through_head(self, plain: torch.Tensor, whole: torch.Tensor) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+        """The head's rows are read once, for two groups of hidden states [rows, hidden].
+
+        Of `plain`: the most probable token after each row, int64 [rows], ties to the lowest id; and which rows are
+        sound. Of `whole`: logits [rows, vocab] in the computing type.
+        """
+        best = torch.full((len(plain),), -torch.inf)
+        choice = torch.zeros(len(plain), dtype=torch.int64)
+        logits = torch.empty(len(whole), self.layout.embedding.shape[0], dtype=self.dtype)
         for spec in self.layout.head:
             with self._leased(spec.name, spec.tensors) as tensors:
-                for start, part in self._parts_of_logits(hidden, spec, tensors):
+                for start, part in self._parts_of_logits(plain, spec, tensors):
                     value, index = part.float().max(dim=-1)
                     better = (value > best) | value.isnan()  # once it is no number it stays so
                     best[better], choice[better] = value[better], index[better] + start
-        return choice.numpy(), is_sound(best)
+                for start, part in self._parts_of_logits(whole, spec, tensors):
+                    logits[:, start : start + part.shape[1]] = part
+        return choice.numpy(), is_sound(best), logits
 
     def _parts_of_logits(
         self, hidden: torch.Tensor, spec: ShardSpec, tensors: Mapping[str, torch.Tensor]
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """(first id, logits [rows, part of the vocabulary]) of one shard of the head, part by part."""
+        if not len(hidden):
+            return
         weight, row = tensors[spec.tensors[0].name], spec.row_start
         for start, end in vocabulary.parts(len(hidden), len(weight)):
             bias = None if self._head_bias is None else self._head_bias[row + start : row + end]
             yield row + start, soft_capped(self._linear(hidden, weight[start:end], bias), self._softcap)
 
-    def _commit(self, tree: TokenTree, path: Sequence[int], bonus: int, cached: int, pending: int) -> None:
-        first_node = cached + pending
-        self._cache.keep(first_node, [first_node + node for node in path])
-        self._tokens += [int(tree.tokens[node]) for node in path] + [bonus]
+    def _commit(self, part: Part, verdict: Verdict | None) -> None:
+        text = part.text
+        text.cached += part.pending
+        if verdict is not None:
+            room = text.block.size - text.cached  # what is said beyond the last token that was asked for is not kept
+            path = np.asarray(verdict.path[:room], np.int64)
+            self._arena.copy(part.scratch + path, text.block.start + text.cached)
+            text.cached += len(path)
+            text.tokens += [*part.tree.tokens[path].tolist(), verdict.bonus]
 
 
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many leading tokens two sequences share."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
+def _pending_tokens(part: Part) -> list[int]:
+    text = part.text
+    return text.tokens[text.cached : text.cached + part.pending]
 
 
 def embeddings_of(model: Any, family: Family) -> list[torch.nn.Embedding]:

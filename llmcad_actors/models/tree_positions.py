@@ -25,7 +25,7 @@ class TreePositions:
 
     @contextmanager
     def of(self, queries: np.ndarray, keys: np.ndarray) -> Iterator[None]:
-        """Inside the block, the decoder's rows stand at `queries` [rows] and see `keys` [cached + rows]."""
+        """Inside the block, the decoder's rows stand at `queries` [rows] and see `keys` [columns]."""
         self._queries, self._keys = torch.from_numpy(queries), torch.from_numpy(keys)
         yield
 
@@ -38,7 +38,7 @@ class TreePositions:
         return run
 
     def _relative_bias(self, attention: Any) -> Callable[..., torch.Tensor]:
-        """T5Attention.compute_bias: [1, heads, rows, cached + rows]; the counts it is given are not listened to."""
+        """T5Attention.compute_bias: [1, heads, rows, columns]; the counts it is given are not listened to."""
 
         def run(*counts: Any, **more: Any) -> torch.Tensor:
             buckets = attention._relative_position_bucket(

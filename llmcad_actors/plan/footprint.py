@@ -5,6 +5,7 @@ from typing import Any
 
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import EMBEDDING_CACHE_BYTES, LOGITS_BYTES, PREFIX_ROWS, BudgetInputs, Shard
+from llmcad_actors.core.choosing import NOISE_BYTES
 from llmcad_actors.families.families import family_of
 from llmcad_actors.families.generation_rules import active_rules
 from llmcad_actors.machine import versions
@@ -18,6 +19,19 @@ from llmcad_actors.text.tokenizer_child import tokenizer_memory
 DRAFT_SLOTS = 1024
 """Tree nodes whose keys and values the draft holds at once."""
 
+DRAFT_BLOCK_ROWS = 16
+"""A text's rows of the draft's cache are taken so many at a time."""
+
+LEAST_NODES = 128
+"""Of a pass's trees at most, where no other number is asked for."""
+
+MAX_REQUESTS = 8
+"""That run at once, unless another number is asked for: as many of them as have room where one text of the planned
+context has."""
+
+TEXT_ROWS = 256
+"""Prompt and output of a request, where so many requests are asked for that one text's room is less for each."""
+
 MB = 1_000_000
 DAEMONS = 83 * MB
 PLAIN_DAEMONS = 375 * MB  # of a Ray as it comes: after some minutes, and 7 %, as its control store grows
@@ -28,6 +42,13 @@ WHOLE_TORCH_PROCESS = 335 * MB  # with all that an untested torch imports
 """Proportional set sizes after start, without weights, as `benchmarks/memory.py` measures them, and 3 %."""
 
 SMALL_DRAFT_BYTES = 256 << 20
+
+WHOLE_LOGITS_BYTES = 16 << 20
+LEAST_WHOLE_NODES = 16
+"""Of float32 logits that sampling looks at in whole rows, and of the nodes of its trees, whatever the vocabulary."""
+
+KEPT_CHUNKS = 2
+"""Of a pass's mask, that are kept from layer to layer."""
 
 PACKED_BYTES = 6
 """Of a number of rows that the kernels multiply: they lay rows out anew, on AMX as three numbers of 16 bits."""
@@ -50,12 +71,12 @@ def budget_inputs(
         else draft.total_bytes * WIDTHS[draft_dtype(config, draft)] // stored_bytes(draft),
         draft_kv=0 if draft is None else draft_cache_bytes(draft, config, context),
         target_resident=sum(i.nbytes for i in layout.resident) * width // stored_bytes(target) + EMBEDDING_CACHE_BYTES,
-        target_kv=kv_bytes(target.config, target_rows(config, context), width)
+        target_kv=kv_bytes(target.config, text_rows(config, context) + nodes_of(config), width)
         + encoded_bytes(target.config, context, width),
         activations=max(
             encoder_bytes(layout, target.config, context, width),
-            activation_bytes(layout, target.config, context, config.max_nodes, config.prefill_chunk, width)
-            + logits_bytes(target, layout, config.max_nodes, width),
+            activation_bytes(layout, target.config, config, context, width)
+            + whole_rows(config, target, layout) * layout.embedding.shape[0] * width,
         )
         + (0 if draft is None else draft_activation_bytes(draft, config, context)),
         shards=tuple(budget_shard(spec, config.extent_bytes, spec in layout.encoder) for spec in layout.shards),
@@ -88,19 +109,36 @@ def draft_activation_bytes(draft: Checkpoint, config: EngineConfig, context: int
     layout, rows = layout_of(draft), min(PREFIX_ROWS, context)
     widest = max(max(tensor.shape) for tensor in layout.layers[0].tensors)
     states = rows * (4 * layout.embedding.shape[1] + 3 * widest) * 4 + rows * (context + DRAFT_SLOTS) * 4
-    return max(states, part_of_logits_bytes(config.batch, layout.embedding.shape[0], 4))
+    return max(states, part_of_logits_bytes(config.batch, layout.embedding.shape[0], 4)) + NOISE_BYTES
 
 
 def draft_cache_bytes(draft: Checkpoint, config: EngineConfig, context: int) -> int:
     """Keys, values and the ancestor mask of the draft."""
     width = WIDTHS[draft_dtype(config, draft)]
-    cached = kv_bytes(draft.config, context + DRAFT_SLOTS, width) + DRAFT_SLOTS * DRAFT_SLOTS * width
+    rows = draft_rows(config, context) + DRAFT_SLOTS
+    cached = kv_bytes(draft.config, rows, width) + DRAFT_SLOTS * DRAFT_SLOTS * width
     return cached + encoded_bytes(draft.config, context, width)
 
 
-def target_rows(config: EngineConfig, context: int) -> int:
-    """Rows of the target's cache: the text's, and those of a tree behind it."""
-    return context + config.max_nodes + 1
+def nodes_of(config: EngineConfig) -> int:
+    """Tree nodes of a pass at most; `fitting_nodes` of the plan may find that more are free."""
+    return config.max_nodes or LEAST_NODES
+
+
+def text_rows(config: EngineConfig, context: int) -> int:
+    """Rows of the target's cache for the texts of all requests; those of their trees are besides."""
+    asked = config.max_requests or 1
+    return max(context, asked * min(context, TEXT_ROWS)) + 1
+
+
+def draft_rows(config: EngineConfig, context: int) -> int:
+    """Rows of the draft's cache for texts."""
+    return text_rows(config, context) + DRAFT_BLOCK_ROWS * (config.max_requests or MAX_REQUESTS)
+
+
+def max_requests(config: EngineConfig, layout: Layout) -> int:
+    """Requests that run at once at most: of an encoder-decoder model one."""
+    return 1 if layout.encoder else config.max_requests or MAX_REQUESTS
 
 
 def kv_bytes(config: Mapping[str, Any], rows: int, width: int) -> int:
@@ -132,25 +170,26 @@ def encoder_bytes(layout: Layout, config: Mapping[str, Any], prompt: int, width:
 
 
 def activation_bytes(
-    prepared: Layout, config: Mapping[str, Any], context: int, nodes: int, chunk: int, width: int
+    prepared: Layout, config: Mapping[str, Any], settings: EngineConfig, context: int, width: int
 ) -> int:
-    """The widest moment of a pass over a prompt of `context` tokens and a tree of `nodes`.
+    """The widest moment of a pass over a prompt of `context` tokens and the largest trees.
 
-    Of all rows: what goes from layer to layer. Of `chunk` rows: a layer's intermediate states and the mask. Then the
-    logits of the tree.
+    Of all rows: what goes from layer to layer. Of a chunk of rows: a layer's intermediate states and the mask, whose
+    columns are the rows of the cache. Then the logits of the trees.
     """
-    family, hidden = prepared.family, prepared.embedding.shape[1]
-    rows = context + nodes
-    chunk = min(rows, chunk)
+    family, hidden, nodes = prepared.family, prepared.embedding.shape[1], nodes_of(settings)
+    rows = columns = text_rows(settings, context) + nodes
+    chunk = min(rows, settings.prefill_chunk)
     rotary = 2 * family.head_dim(config) * (4 + width)  # two tables of angles, in float32 at first
     carried = rows * (4 * hidden * width + rotary)  # embedding rows, the model's inputs, hidden states before and after
     widest = max(max(tensor.shape, default=1) for tensor in prepared.layers[0].tensors)
     states = chunk * (4 * hidden + 3 * widest) * width + chunk * widest * PACKED_BYTES
+    kinds = 1 if family.sliding_windows == "none" else 2  # of masks
     if family.experts:  # the joined tensors of one
         states += 2 * max(tensor.nbytes for tensor in prepared.layers[0].tensors)
-    states += chunk * rows * (width + 3) * (1 if family.sliding_windows == "none" else 2)
+    states += min(rows, KEPT_CHUNKS * chunk) * columns * width * kinds + chunk * columns * 3 * kinds
     if family.holds_scores:
-        states += family.num_heads(config) * chunk * rows * (4 + 2 * width)
+        states += family.num_heads(config) * chunk * columns * (4 + 2 * width)
     slice_ = max(spec.tensors[0].shape[0] for spec in prepared.head)
     return carried + max(states, part_of_logits_bytes(nodes + 1, slice_, width))
 
@@ -160,10 +199,17 @@ def part_of_logits_bytes(rows: int, entries: int, width: int) -> int:
     return min(4 * rows * entries, LOGITS_BYTES) * (4 + 3 * width) // 4
 
 
-def logits_bytes(target: Checkpoint, layout: Layout, nodes: int, width: int) -> int:
-    """Whole rows of logits, which are kept only where the generation config has a say in the choice."""
-    vocab = layout.embedding.shape[0]
-    return (nodes + 1) * vocab * width if active_rules(target.generation_settings, vocab) else 0
+def whole_rows(config: EngineConfig, target: Checkpoint, layout: Layout) -> int:
+    """Rows of logits that are kept whole, for choices that are not the plain arg max.
+
+    For all nodes of a pass where the model's generation config has a say in every choice; else for those of requests
+    that sample, and so on, whose trees are cut to what some megabytes hold.
+    """
+    vocab, requests = layout.embedding.shape[0], max_requests(config, layout)
+    most = nodes_of(config) + requests
+    if active_rules(target.generation_settings, vocab):
+        return most
+    return min(most, max(WHOLE_LOGITS_BYTES // (4 * vocab), requests + LEAST_WHOLE_NODES))
 
 
 def is_small(draft: Checkpoint) -> bool:

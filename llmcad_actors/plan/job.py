@@ -9,7 +9,7 @@ from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import MemoryPlan, pinned_besides, plan
 from llmcad_actors.errors import ConfigError
 from llmcad_actors.families.families import family_of
-from llmcad_actors.families.generation_rules import first_token, stop_tokens
+from llmcad_actors.families.generation_rules import first_token, sampling_of, stop_tokens
 from llmcad_actors.plan.footprint import (
     budget_inputs,
 )
@@ -37,6 +37,11 @@ class Prepared:
     def stop_tokens(self) -> tuple[int, ...]:
         """End-of-text ids. A generation config that names none has none, as in `generate`."""
         return stop_tokens(self.target.generation_settings)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How the model's generation config would sample; empty where it would not."""
+        return sampling_of(self.target.generation_settings)
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -7,22 +7,35 @@ from llmcad_actors.core.budget import format_size, parse_rate
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.machine.figures import Figures, figures_for
 from llmcad_actors.plan.footprint import (
+    LEAST_NODES,
     WIDTHS,
     draft_dtype,
+    kv_bytes,
+    max_requests,
+    nodes_of,
     stored_bytes,
     target_dtype,
+    text_rows,
 )
 from llmcad_actors.plan.forecast import Forecaster, PassForecast
 from llmcad_actors.plan.job import Prepared
 
 SHORTEST_S = 1e-3  # a token: below it there is nothing to gain, and nobody waits
+MOST_NODES, NODES_STEP = 512, 64  # of a pass, where nobody says how many
 GUESSED_ROWS = 32  # the pass that a first guess of costs is made for
 
 
 def predicted_pass(job: Prepared) -> PassForecast:
     """A pass as this machine would run it."""
     forecaster = forecaster_of(job)
-    return forecaster.plain() if job.draft is None else forecaster.best(job.config.max_nodes)
+    return forecaster.plain() if job.draft is None else forecaster.best(nodes_of(job.config))
+
+
+def free_nodes(job: Prepared) -> int:
+    """How many tree nodes of a pass are computed in the time that reading takes anyway; at least 128, at most 512."""
+    forecaster = forecaster_of(job)
+    counts = range(MOST_NODES, LEAST_NODES, -NODES_STEP)
+    return next((n for n in counts if forecaster.of_rows(n).compute_s <= forecaster.read_s), LEAST_NODES)
 
 
 def draft_pays(job: Prepared) -> bool | None:
@@ -31,6 +44,19 @@ def draft_pays(job: Prepared) -> bool | None:
         return None
     predicted, plain = predicted_pass(job), predicted_pass(job.without_draft())
     return predicted.rows > 1 and predicted.tokens_per_second > plain.tokens_per_second
+
+
+def sharing(job: Prepared) -> dict[str, int]:
+    """What requests share: how many there may be, of how many tokens together, and what each token takes."""
+    config, models = job.config, [(job.target, target_dtype(job.config))]
+    if job.draft is not None:
+        models.append((job.draft, draft_dtype(config, job.draft)))
+    return {
+        "max_requests": max_requests(config, job.layout),
+        "text_tokens": text_rows(config, job.context) - 1,
+        "bytes_per_token": sum(kv_bytes(model.config, 1, WIDTHS[dtype]) for model, dtype in models),
+        "max_nodes": nodes_of(config) if job.draft is not None else 0,
+    }
 
 
 def forecast(job: Prepared) -> dict[str, Any]:
@@ -45,6 +71,7 @@ def forecast(job: Prepared) -> dict[str, Any]:
         "streamed": list(job.memory.streamed),
         "bytes_per_pass": job.memory.bytes_per_pass,
         "bytes_per_prompt": job.memory.bytes_per_prompt,
+        **sharing(job),
         "rows_per_pass": predicted.rows,
         "read_seconds_per_pass": predicted.read_s,
         "compute_seconds_per_pass": predicted.compute_s,

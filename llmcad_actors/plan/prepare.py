@@ -6,16 +6,24 @@ from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import MemoryPlan, is_share, parse_rate, parse_size, plan, smallest_cap
 from llmcad_actors.errors import ConfigError
 from llmcad_actors.families.families import family_of
-from llmcad_actors.families.generation_rules import active_rules, first_token, ignored_rules, start_token, stop_tokens
+from llmcad_actors.families.generation_rules import (
+    active_rules,
+    first_token,
+    ignored_rules,
+    sampling_of,
+    start_token,
+    stop_tokens,
+)
 from llmcad_actors.machine.limits import free_memory, memory_limit, within, within_free
 from llmcad_actors.machine.processor import cores
 from llmcad_actors.machine.versions import newer_than_tested
 from llmcad_actors.plan.footprint import (
+    LEAST_NODES,
     budget_inputs,
     target_dtype,
 )
 from llmcad_actors.plan.job import Prepared, context_of
-from llmcad_actors.plan.prediction import idle_draft
+from llmcad_actors.plan.prediction import NODES_STEP, free_nodes, idle_draft
 from llmcad_actors.plan.shorthand import spelled_out
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import Layout, check_heads, layout_of
@@ -24,6 +32,7 @@ from llmcad_actors.text.tokenizer import tokenizer_config
 from llmcad_actors.text.tokenizer_child import check_same_vocabulary
 
 DEFAULT_CONTEXT = 2048
+LARGER_TREES_SHARE = 0.03  # of the cap, that the keys, values and logits of larger trees may take
 
 
 def prepare(config: EngineConfig) -> Prepared:
@@ -54,8 +63,21 @@ def prepare(config: EngineConfig) -> Prepared:
         memory, notices = plan(inputs, cap), (*notices, *lowered)
     told = (*newer_than_tested(), *notices, *unfollowed(target), *inexact(config), *slow_window(memory))
     told = (*told, *many_threads(config))
-    job = Prepared(config, target, layout, draft, memory, context, told, smallest_cap(inputs))
+    job = with_free_nodes(Prepared(config, target, layout, draft, memory, context, told, smallest_cap(inputs)))
     return replace(job, notices=(*told, *idle_draft(job)))
+
+
+def with_free_nodes(job: Prepared) -> Prepared:
+    """The same job with larger trees, where their rows are free and their memory is next to nothing of the cap."""
+    if job.config.max_nodes is not None or job.draft is None:
+        return job
+    for nodes in range(free_nodes(job), LEAST_NODES, -NODES_STEP):
+        config = replace(job.config, max_nodes=nodes)
+        inputs = budget_inputs(config, job.target, job.layout, job.draft, job.context)
+        more = smallest_cap(inputs) - job.least_bytes
+        if more <= LARGER_TREES_SHARE * job.memory.cap_bytes and smallest_cap(inputs) <= job.memory.cap_bytes:
+            return replace(job, config=config, memory=plan(inputs, job.memory.cap_bytes))
+    return job
 
 
 def check_settings(checkpoint: Checkpoint, layout: Layout) -> None:
@@ -63,6 +85,7 @@ def check_settings(checkpoint: Checkpoint, layout: Layout) -> None:
     check_heads(checkpoint, layout)
     settings, vocab = checkpoint.generation_settings, layout.embedding.shape[0]
     stop_tokens(settings)
+    sampling_of(settings)
     first_token(checkpoint.config, vocab)
     if layout.encoder:
         start_token(settings, checkpoint.config)

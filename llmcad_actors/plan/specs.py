@@ -10,14 +10,19 @@ from llmcad_actors.core.fallback import (
     Policy,
     TokenConfidence,
 )
+from llmcad_actors.core.rounds import Limits
 from llmcad_actors.machine.processor import cores
 from llmcad_actors.plan.disk_settings import read_settings
 from llmcad_actors.plan.footprint import (
     DRAFT_SLOTS,
     draft_dtype,
+    draft_rows,
     is_small,
+    max_requests,
+    nodes_of,
     target_dtype,
-    target_rows,
+    text_rows,
+    whole_rows,
 )
 from llmcad_actors.plan.job import Prepared, context_of
 
@@ -34,6 +39,12 @@ def policy_of(job: Prepared) -> Policy:
         "full-tree": FixedTree(),  # always max_nodes, by whatever builder
     }
     return policies[config.fallback]
+
+
+def limits_of(job: Prepared) -> Limits:
+    """Requests that run at once."""
+    rows = 10**9 if job.is_encoder_decoder else text_rows(job.config, job.context)
+    return Limits(max_requests(job.config, job.layout), rows)
 
 
 def loader_spec(job: Prepared) -> LoaderSpec:
@@ -58,7 +69,8 @@ def verifier_spec(job: Prepared) -> VerifierSpec:
         pinned_later=job.pinned_later,
         dtype=target_dtype(job.config),
         threads=job.config.threads or cores(),
-        capacity=target_rows(job.config, job.context),
+        capacity=text_rows(job.config, job.context),
+        max_nodes=nodes_of(job.config),
         prefill_chunk=job.config.prefill_chunk,
     )
 
@@ -74,9 +86,11 @@ def draft_spec(job: Prepared) -> DraftSpec | None:
         threads=config.draft_threads or (1 if small else cores()),
         vocab=job.layout.embedding.shape[0],
         context=min(job.context - 1, context_of(job.draft.config)),  # its last row proposes one more
+        rows=draft_rows(config, job.context),
         slots=DRAFT_SLOTS,
         builder="fixed" if config.fallback in ("fixed-depth", "fixed-tree") else config.builder,
-        max_nodes=config.max_nodes,
+        max_nodes=nodes_of(config),
+        whole_nodes=whole_rows(config, job.target, job.layout) - max_requests(config, job.layout),
         batch=config.batch,
         children=config.children,
         widths=(1,) * config.depth if config.fallback == "fixed-depth" else config.widths,

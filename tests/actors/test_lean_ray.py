@@ -223,7 +223,9 @@ def test_doctor_says_what_listens_and_warns_of_other_interfaces(tmp_path: Path) 
 
 def test_a_process_whose_end_nobody_asks_about_has_ended() -> None:
     """As where the first process of a container is no `init`."""
-    parent = "import subprocess, time; print(subprocess.Popen(['true']).pid, flush=True); time.sleep(600)"
+    parent = (
+        "import subprocess, time; child = subprocess.Popen(['true']); print(child.pid, flush=True); time.sleep(600)"
+    )
     with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -30,15 +30,17 @@ from llmcad_actors.core.fallback import (
     Policy,
     TokenConfidence,
 )
+from llmcad_actors.core.request import Request
+from llmcad_actors.core.rounds import Limits, Rounds
 from llmcad_actors.core.stats import Stats
 from llmcad_actors.core.worth import Worth
-from llmcad_actors.loop import Learnt, decode
-from llmcad_actors.messages import Event, Request, Tokens, pack, unpack
+from llmcad_actors.messages import Event, Tokens, pack, unpack
 from llmcad_actors.plan.job import Prepared
 from llmcad_actors.plan.prediction import first_costs
 from llmcad_actors.plan.specs import draft_spec, loader_spec, policy_of, verifier_spec
 from llmcad_actors.tools.bundled import bundled_draft, bundled_target
 from tests.actors.engines import job
+from tests.fakes import decode
 from tests.family_cases import CASES
 from tests.plain import Plain, encode
 from tests.tiny import PROMPTS
@@ -89,6 +91,7 @@ class Actors:
             None,
             policy_of(prepared),
             first_costs(prepared),
+            Limits(),
             lambda what: None,
         )
         stack.callback(actors.close)
@@ -103,7 +106,7 @@ class Actors:
         fetch(self._draft.use.remote(builder), 60, "another builder")
         events: list[Event] = []
         request = Request(ids, COUNT, self._prepared.stop_tokens, provisional=provisional)
-        learnt, clock = Learnt(policy, first_costs(self._prepared)), MonotonicClock()
+        learnt, clock = Rounds(policy, first_costs(self._prepared)), MonotonicClock()
         asyncio.run(decode(request, RemoteDrafter(self._draft), self._verifier, learnt, clock, events.append))
         found = [event for event in events if isinstance(event, Tokens)]
         return tuple(i for event in found for i in event.ids), found[-1].stats

@@ -205,9 +205,11 @@ with Engine.start(job(Path(sys.argv[1]), None, extra_bytes=LAYERS * 12 * MB)) as
                 time.sleep(0.05)
             eat(20 * MB)  # more than there was
     result = engine.result(pieces)
+    again = engine.generate(PROMPT, max_new_tokens=COUNT)  # the first may have ended while the memory was eaten
+    assert again.token_ids == result.token_ids
     eater.stdin.close()
     eater.wait()
-    print(json.dumps({"ids": result.token_ids, "shed": result.stats.shed_shards}))
+    print(json.dumps({"ids": result.token_ids, "shed": engine._guard.num_shed}))
 """
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from llmcad_actors.cli.commands import app
 from llmcad_actors.cli.examples import EXAMPLES
-from llmcad_actors.cli.options import PANELS
+from llmcad_actors.cli.options import CHOOSING, PANELS
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.machine.versions import summary
 
@@ -47,14 +47,14 @@ def test_no_line_of_help_is_wider_than_the_terminal(columns: int) -> None:
 
 
 def test_the_options_of_a_job_stand_in_groups_in_the_same_order() -> None:
-    for command in ("generate", "plan"):
+    for command in ("generate", "plan", "batch"):
         found = re.findall("|".join(map(re.escape, PANELS)), "\n".join(re.findall(r"╭─ (.*?) ─", shown(command, "-h"))))
-        assert found == list(PANELS)
+        assert found == [panel for panel in PANELS if command != "plan" or panel != CHOOSING]
 
 
 def test_defaults_are_shown_and_are_the_engines() -> None:
     text, config = joined(shown("generate", "-h", columns=200)), EngineConfig(target="x")
-    for name in ("dtype", "max_nodes", "builder", "fallback", "depth", "alpha", "alpha_update", "threshold"):
+    for name in ("dtype", "builder", "fallback", "depth", "alpha", "alpha_update", "threshold"):
         about = text.split(f"--{name.replace('_', '-')} ", 1)[1].split(" --", 1)[0]
         assert f"[default: {getattr(config, name)}]" in about
     assert "[default: 1,1,3,1,1,1,1,1]" in text

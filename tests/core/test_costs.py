@@ -6,19 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmcad_actors.core.costs import CostModel, Costs
-from llmcad_actors.core.round import PassStats, Submission, Verdict
-from llmcad_actors.core.tree import TokenTree
+from llmcad_actors.core.round import Drafting, PassStats
 
 seconds = st.floats(1e-4, 10)
 costs = st.builds(Costs, seconds, seconds, seconds, st.floats(0, 0.1), seconds, seconds)
 
 
-def drafted(steps: int, seconds: float, catch_up_s: float = 0.0) -> Submission:
-    return Submission(TokenTree.empty(), 1.0, steps, steps, seconds, False, catch_up_s)
+def drafted(steps: int, seconds: float, catch_up_s: float = 0.0) -> Drafting:
+    return Drafting({}, 1.0, steps, steps, seconds, catch_up_s)
 
 
-def checked(seconds: float, stall_s: float, compute_s: float, rows: int) -> Verdict:
-    return Verdict((), 0, False, PassStats(seconds, stall_s, compute_s, rows))
+def checked(seconds: float, stall_s: float, compute_s: float, rows: int) -> PassStats:
+    return PassStats(seconds, stall_s, compute_s, rows)
 
 
 def simulated_round(drafting: float, window: float, read: float, compute: float) -> float:

@@ -36,7 +36,7 @@ def play(worth: Worth, rounds: list[Round], costs: Costs = COSTS, plain_s: float
     return worth, drafted
 
 
-def seconds_of(rounds: list[Round], drafted: list[bool], plain_s: float = PLAIN_S) -> tuple[float, int]:
+def seconds_of(rounds: list[Round], drafted: list[bool], plain_s: float = PLAIN_S) -> tuple[float, float]:
     """Time and tokens of what was played."""
     done = [each if was else Round(False, 1, plain_s) for each, was in zip(rounds, drafted, strict=True)]
     return sum(each.seconds for each in done), sum(each.tokens for each in done)

@@ -9,7 +9,7 @@ import torch
 from llmcad_actors.models.target import Target
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import layout_of
-from tests.fakes import MemoryShards
+from tests.fakes import MemoryShards, OneText
 from tests.tiny import tiny_llama
 
 CAPACITY = 640
@@ -27,10 +27,12 @@ def target_of(
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int | None = None,
     capacity: int = CAPACITY,
+    max_nodes: int = 128,
     prefill_chunk: int = 256,
-) -> tuple[Target, MemoryShards]:
+) -> tuple[OneText, MemoryShards]:
     checkpoint = Checkpoint.open(path)
     layout = layout_of(checkpoint, max_shard_bytes=max_shard_bytes)
     shards = MemoryShards(layout)
-    target = Target(checkpoint, layout, shards, dtype=dtype, capacity=capacity, prefill_chunk=prefill_chunk)
-    return target, shards
+    rows = {"capacity": capacity, "max_nodes": max_nodes}
+    target = Target(checkpoint, layout, shards, dtype=dtype, prefill_chunk=prefill_chunk, **rows)
+    return OneText(target), shards

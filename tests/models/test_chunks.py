@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from llmcad_actors.core.budget import PREFIX_ROWS
+from llmcad_actors.core.request import Request
+from llmcad_actors.core.round import Check
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.models.chunks import ChunkedMask
 from llmcad_actors.models.draft import DraftModel
 from llmcad_actors.models.masks import SLIDING, SlidingWindows
-from tests.fakes import chain, random_trees
+from tests.fakes import chain, random_trees, run_prefix
 from tests.family_cases import CASES, Case
 from tests.models.checkpoints import target_of
 from tests.plain import Plain
@@ -52,14 +54,17 @@ def test_in_every_family_chunks_change_nothing(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("chunk", [1, 4, 16, 50])
 def test_the_chunks_of_a_mask_are_rows_of_the_whole(tmp_path: Path, window: int | None, chunk: int) -> None:
-    """Only the columns up to a chunk's last row are left: those behind are hidden from all its rows."""
-    target, _ = target_of(CASES["llama"].save(tmp_path))
-    target.begin(PROMPT[:9], ())
-    target.verify(TokenTree.empty())
-    tree, pending = random_trees(3, BYTE_VOCAB, max_nodes=30)(PROMPT[:5]), 6
-    positions = np.concatenate([np.arange(9, 15), 14 + tree.depths])
-    rows, keys = len(positions), np.concatenate([np.arange(9), positions])
-    build = target._mask(pending, tree)
+    one, _ = target_of(CASES["llama"].save(tmp_path))
+    one.begin(PROMPT[:9], count=20)
+    one.verify(TokenTree.empty())
+    one.text.tokens[9:] = PROMPT[9:15]  # some tokens that have not been run
+    tree = random_trees(3, BYTE_VOCAB, max_nodes=30)(PROMPT[:5])
+    (part,) = parts = one.target._parts([Check(1, tree)])
+    positions, end = part.positions, 29 + len(tree)
+    assert positions.tolist() == [*range(9, 15), *(14 + tree.depths)]
+    one.target._arena.positions[part.places] = positions
+    rows, keys = len(positions), one.target._arena.positions[:end]
+    build = one.target._mask(parts, end)
     hidden = torch.finfo(torch.float32).min
     whole = build(0, rows)[0, 0]
     if window is not None:
@@ -68,24 +73,29 @@ def test_the_chunks_of_a_mask_are_rows_of_the_whole(tmp_path: Path, window: int 
     assert isinstance(masks, dict)
     mask = masks[SLIDING]
     assert isinstance(mask, ChunkedMask)
-    assert mask.shape == (1, 1, rows, 9 + rows)
+    assert mask.shape == (1, 1, rows, end)
     for start in range(0, rows, chunk):
-        end = min(start + chunk, rows)
-        assert torch.equal(mask.rows_of(start, end)[0, 0], whole[start:end, : 9 + end])
-        assert bool((whole[start:end, 9 + end :] == hidden).all())
-    assert bool((whole.diagonal(9) == 0).all())
+        stop = min(start + chunk, rows)
+        assert torch.equal(mask.rows_of(start, stop)[0, 0], whole[start:stop])
+    assert bool((whole[np.arange(rows), part.places] == 0).all())
 
 
 def test_what_a_pending_row_and_a_node_see(tmp_path: Path) -> None:
-    target, _ = target_of(CASES["llama"].save(tmp_path))
+    """Two texts, of two tokens with room for one more, and of one with room for one more; their trees behind both."""
+    one, _ = target_of(CASES["llama"].save(tmp_path))
     tree = TokenTree.build([1, 2, 3], [-1, -1, 1], [-1.0] * 3)
-    seen = target._mask(2, tree)(0, 5)[0, 0] == 0
+    for number, prompt in ((1, (7, 8)), (2, (9,))):
+        one.target.begin(number, Request(prompt, 1, ()))
+    parts = one.target._parts([Check(1, tree), Check(2, chain([5]))])
+    seen = one.target._mask(parts, 9)(0, 7)[0, 0] == 0
     assert seen.int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 0, 1, 0],
-        [1, 1, 0, 1, 1],
+        [1, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 1, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 1, 0, 0],
+        [1, 1, 0, 0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0, 0, 0, 1],
     ]
 
 
@@ -93,12 +103,12 @@ def test_what_a_pending_row_and_a_node_see(tmp_path: Path) -> None:
 def test_a_draft_runs_a_long_prompt_in_parts(name: str, tmp_path: Path) -> None:
     path = Case(CASES[name].model_type, CASES[name].fields | LONG).save(tmp_path)
     plain, length = Plain(path), 2 * PREFIX_ROWS + 30
-    draft = DraftModel(path, dtype=torch.float32, vocab=BYTE_VOCAB, context=1024, slots=8, children=4)
-    tokens, logprobs = draft.run_prefix(PROMPT[:length], 0)
+    draft = DraftModel(path, dtype=torch.float32, vocab=BYTE_VOCAB, rows=1024, slots=8, children=4)
+    tokens, logprobs = run_prefix(draft, PROMPT[:length])
     expected = plain.logprobs(PROMPT[:length])
     assert tokens[0].tolist() == np.argsort(-expected)[:4].tolist()
     assert logprobs[0] == pytest.approx(np.sort(expected)[::-1][:4], abs=1e-4)
-    assert draft.cache.length == length
+    assert draft.arena.end >= length
 
 
 @pytest.mark.parametrize("widest", [True, False])
@@ -106,7 +116,7 @@ def test_activations_of_a_layer_do_not_grow_with_the_prompt(widest: bool, tmp_pa
     """Rows that a layer's products are given at once."""
     target, _ = target_of(CASES["llama"].save(tmp_path), prefill_chunk=32)
     seen: list[int] = []
-    layer = target._model.get_submodule("model.layers.1.mlp" if widest else "model.layers.1.input_layernorm")
+    layer = target.target._model.get_submodule("model.layers.1.mlp" if widest else "model.layers.1.input_layernorm")
     layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     target.begin(PROMPT[:200], ())
     target.verify(TokenTree.empty())

@@ -16,12 +16,13 @@ from llmcad_actors.core.best_first import BestFirst
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import AdaptiveConfidence, FixedDepth, FixedTree, Policy
 from llmcad_actors.core.fixed_expansion import FixedExpansion
+from llmcad_actors.core.growth import TreeBuilder
 from llmcad_actors.core.pacer import BranchPacer
-from llmcad_actors.core.round import PassStats, Submission, Verdict
+from llmcad_actors.core.round import Verdict
 from llmcad_actors.core.tree import ROOT, TokenTree
 from llmcad_actors.kernels import linear
 from llmcad_actors.models.draft import Draft, DraftModel
-from tests.fakes import tokens_to
+from tests.fakes import OneDraft, OneGrown, run_prefix, tokens_to
 from tests.plain import Plain
 from tests.tiny import BYTE_VOCAB, tiny_llama
 
@@ -44,17 +45,20 @@ class Session:
     def __init__(self, plain: Plain, kind: str = "best-first", **settings: Any) -> None:
         build, self.policy = BUILDERS[kind]
         self.plain = plain
-        self.builder = build()
         self.model = draft_model(plain.path, **settings)
-        self.draft = Draft(self.model, self.builder, batch=4, max_positions=settings.get("context", 256))
+        self.draft = OneDraft(Draft(self.model, build(), batch=4, max_positions=settings.get("context", 256)))
         self.tokens: tuple[int, ...] = ()
         self.tree = TokenTree.empty()
+
+    @property
+    def builder(self) -> TreeBuilder:
+        return self.draft.builder
 
     def begin(self, prompt: Sequence[int]) -> None:
         self.tokens, self.tree = tuple(prompt), TokenTree.empty()
         self.draft.begin(prompt)
 
-    def grow(self, *verdicts: Verdict) -> Submission:
+    def grow(self, *verdicts: Verdict) -> OneGrown:
         for verdict in verdicts:
             self.tokens += (*self.tree.tokens[list(verdict.path)].tolist(), verdict.bonus)
             self.tree = TokenTree.empty()
@@ -94,11 +98,11 @@ def draft_model(
     slots: int = SLOTS,
     dtype: torch.dtype = torch.float32,
 ) -> DraftModel:
-    return DraftModel(path, dtype=dtype, vocab=vocab, context=context, slots=slots, children=CHILDREN)
+    return DraftModel(path, dtype=dtype, vocab=vocab, rows=context + 64, slots=slots, children=CHILDREN)
 
 
 def verdict(path: Sequence[int], bonus: int) -> Verdict:
-    return Verdict(tuple(path), bonus, False, PassStats(1.0, 0.0, 1.0, 16))
+    return Verdict(tuple(path), bonus, False)
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +261,7 @@ def test_ids_beyond_the_targets_vocabulary_are_never_proposed(plain: Plain, tmp_
     weights = load_file(path / "model.safetensors")
     weights["lm_head.weight"][BYTE_VOCAB:] = weights["lm_head.weight"][:43] * 50  # very sure of its padding
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    draft = Draft(draft_model(path), BestFirst(40, children=CHILDREN), batch=4, max_positions=256)
+    draft = OneDraft(Draft(draft_model(path), BestFirst(40, children=CHILDREN), batch=4, max_positions=256))
     draft.begin(PROMPT)
     tree = draft.grow((), WHOLE_TREE, COSTS).tree
     assert len(tree) > 5
@@ -296,7 +300,7 @@ def test_growth_ends_where_the_cache_is_full(plain: Plain) -> None:
     session.begin(PROMPT)
     tree = session.grow().tree
     assert session.draft.extend(50).can_go_on is False
-    assert session.model.cache.length <= len(PROMPT) + 10
+    assert session.model.num_used <= 10
     session.grow(verdict(tree.path(0), plain.next((*PROMPT, int(tree.tokens[0]), 3))))
     session.assert_every_candidate_is_the_plain_models()
 
@@ -315,7 +319,7 @@ def test_a_bfloat16_draft_says_the_same_however_it_multiplies(
     monkeypatch.setattr(linear, "widened", counting)
     monkeypatch.setattr(linear, "widening_pays", lambda dtype: pays and dtype == torch.bfloat16)
     path = tiny_llama(tmp_path / "draft", seed=3, dtype=torch.bfloat16)
-    tokens, logprobs = draft_model(path, dtype=torch.bfloat16).run_prefix(PROMPT, 0)
+    tokens, logprobs = run_prefix(draft_model(path, dtype=torch.bfloat16), PROMPT)
     expected = Plain.of(path).logprobs(PROMPT)
     assert logprobs[0] == pytest.approx(np.array([expected[token] for token in tokens[0]]), abs=0.1)
     assert bool(calls) is pays

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from llmcad_actors.config import EngineConfig
 from llmcad_actors.core.budget import LOGITS_BYTES
 from llmcad_actors.models import vocabulary
-from llmcad_actors.plan.footprint import activation_bytes, draft_activation_bytes, logits_bytes
+from llmcad_actors.plan.footprint import activation_bytes, draft_activation_bytes, whole_rows
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import layout_of
 from tests.fakes import chain
@@ -69,8 +68,10 @@ import sys
 from pathlib import Path
 import numpy as np
 import torch
+from llmcad_actors.core.best_first import BestFirst
+from llmcad_actors.core.request import Request
 from llmcad_actors.core.tree import TokenTree
-from llmcad_actors.models.draft import DraftModel
+from llmcad_actors.models.draft import DraftModel, Rows, Text
 from tests.models.checkpoints import target_of
 
 def status(key):
@@ -91,10 +92,11 @@ target.verify(TokenTree.build([5], [-1], [-1.0]))  # everything has run once
 tree = TokenTree.build(list(range(nodes)), [-1] * nodes, [-1.0] * nodes)
 verified = peak(lambda: target.verify(tree))
 del target
-draft = DraftModel(path, dtype=torch.float32, vocab=vocab, context=64, slots=256, children=16)
-draft.run_prefix([1, 2, 3], 0)
-arguments = np.arange(batch), np.full(batch, 3), np.full(batch, -1), 3
-print(verified, peak(lambda: draft.run_nodes(*arguments)))
+draft = DraftModel(path, dtype=torch.float32, vocab=vocab, rows=64, slots=256, children=16)
+text = Text(Request((1, 2, 3), 1, ()), BestFirst(1), [1, 2, 3], draft.arena.take(0), 0, None)
+draft.run([Rows(text, np.array([1, 2, 3]), np.arange(3))])
+nodes = Rows(text, np.arange(batch), np.full(batch, 3), np.full(batch, -1))
+print(verified, peak(lambda: draft.run([nodes])))
 """
 
 
@@ -114,10 +116,11 @@ def test_a_pass_and_a_step_take_what_was_planned(tmp_path: Path, penalty: float 
     )
     assert done.returncode == 0, done.stderr
     verified, stepped = map(int, done.stdout.split())
-    checkpoint, config = Checkpoint.open(path), EngineConfig(target="", batch=BATCH)
+    checkpoint, config = Checkpoint.open(path), EngineConfig(target="", batch=BATCH, max_nodes=NODES)
     layout = layout_of(checkpoint)
     lent = layout.head[0].nbytes  # the shards of this test lend copies
-    planned = partial(activation_bytes, layout, checkpoint.config, 8, chunk=256, width=4)
-    assert verified < planned(NODES) + logits_bytes(checkpoint, layout, NODES, 4) + lent + SLACK
+    planned = activation_bytes(layout, checkpoint.config, config, 8, 4)
+    rows = whole_rows(config, checkpoint, layout) if penalty is not None else 0
+    assert verified < planned + rows * VOCAB * 4 + lent + SLACK
     assert stepped < draft_activation_bytes(checkpoint, config, 64) + SLACK
-    assert planned(NODES) < 24 << 20 and draft_activation_bytes(checkpoint, config, 64) < 24 << 20
+    assert planned < 24 << 20 and draft_activation_bytes(checkpoint, config, 64) < 24 << 20

@@ -5,17 +5,18 @@ In float32, around weights as they are stored. So what a tree says never depends
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from llmcad_actors.core.acceptance import Choices
+from llmcad_actors.core.request import Request
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.kernels import attention, products
-from llmcad_actors.models.target import Target
+from llmcad_actors.models.target import Part
 from tests import encoder_decoder_cases, family_cases
-from tests.fakes import random_trees, tokens_to
+from tests.fakes import OneText, random_trees, tokens_to
 from tests.kernels.test_products import every_set, needs_kernels, torch_threads, using
 from tests.models.checkpoints import target_of
 from tests.tiny import BYTE_VOCAB
@@ -29,32 +30,32 @@ class Listened:
     """A target, and the logits of its passes' root and nodes, [nodes + 1, vocab]."""
 
     def __init__(self, path: Path, prefill_chunk: int = 256) -> None:
-        self.target, _ = target_of(path, prefill_chunk=prefill_chunk)
+        self.one, _ = target_of(path, prefill_chunk=prefill_chunk)
         self.logits = torch.empty(0)
-        self._choices = self.target._choices
-        self.target._choices = self._listen  # type: ignore[method-assign]
+        self._judge = self.one.target._judge
+        self.one.target._judge = self._listen  # type: ignore[method-assign]
 
-    def _listen(self, hidden: torch.Tensor, tree: TokenTree) -> Choices:
-        self.logits = self.target._logits(hidden)
-        return self._choices(hidden, tree)
+    def _listen(self, hidden: torch.Tensor, parts: Sequence[Part]) -> Any:
+        (part,) = parts
+        self.logits = self.one.target._logits(hidden[list(part.chooses)])
+        return self._judge(hidden, parts)
 
     def after(self, prompt: Sequence[int], tokens: Sequence[int], tree: TokenTree) -> torch.Tensor:
         """Of a pass over `tree`, after a prompt and output `tokens`; what the cache holds of them stays there."""
-        begin(self.target, prompt, tokens)
-        self.target.verify(tree)
+        begin(self.one, prompt, tokens)
+        self.one.verify(tree)
         return self.logits
 
 
-def begin(target: Target, prompt: Sequence[int], tokens: Sequence[int]) -> None:
+def begin(one: OneText, prompt: Sequence[int], tokens: Sequence[int]) -> None:
     """As if the target had said `tokens`."""
-    if target.layout.family.encoder is None:
-        target.begin((*prompt, *tokens), ())
+    if one.target.layout.family.encoder is None:
+        one.begin((*prompt, *tokens))
         return
-    held = target._tokens[: target._cache.length]
-    target.begin(prompt, ())  # its text is the output alone, of which this keeps nothing
-    target._tokens += tokens
-    if held == target._tokens[: len(held)]:
-        target._cache.keep(len(held), ())
+    number, request = 1, Request(tuple(prompt), 40, ())
+    one.target.end(number)
+    one._number = number
+    one.target._begin(number, request, one.target._stack.begin(prompt), tokens)
 
 
 def plain(path: Path, tokens: Sequence[int], prefill_chunk: int = 256) -> list[torch.Tensor]:
@@ -116,7 +117,7 @@ def test_a_row_that_was_accepted_is_the_row_that_would_have_been_computed(name: 
         said.append(int(expected.argmax()))
     right = said[:3]
     tree = TokenTree.build([right[0] ^ 1, right[0], right[1], right[1] ^ 1, right[2]], [-1, -1, 1, 1, 2], [-1.0] * 5)
-    begin(listened.target, PROMPT, ())
-    assert listened.target.verify(tree).path == (1, 2, 4)
-    listened.target.verify(TokenTree.empty())
+    begin(listened.one, PROMPT, ())
+    assert listened.one.verify(tree).path == (1, 2, 4)
+    listened.one.verify(TokenTree.empty())
     assert torch.equal(listened.logits[0], expected)

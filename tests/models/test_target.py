@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError, DeadlineError
-from llmcad_actors.models.target import Target, common_prefix
+from llmcad_actors.models.kv_arena import common_prefix
+from llmcad_actors.models.target import Target
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import layout_of
-from tests.fakes import MemoryShards, chain, random_trees, tokens_to
+from tests.fakes import MemoryShards, OneText, chain, random_trees, tokens_to
 from tests.models.checkpoints import CAPACITY, target_of
 from tests.plain import Plain
 from tests.tiny import BYTE_VOCAB, tiny_llama
@@ -38,7 +39,7 @@ def guesses(draw: st.DrawFn, plain: Plain, committed: Sequence[int], max_nodes: 
     return tree
 
 
-def decode(target: Target, prompt: Sequence[int], trees: Sequence[TokenTree]) -> list[int]:
+def decode(target: OneText, prompt: Sequence[int], trees: Sequence[TokenTree]) -> list[int]:
     """What `trees`, one pass each, make the target emit."""
     target.begin(prompt, ())
     emitted: list[int] = []
@@ -63,7 +64,7 @@ def test_whatever_the_tree_the_verdict_is_the_plain_models(plain: Plain, data: s
 
 
 @cache
-def _target(path: Path) -> Target:
+def _target(path: Path) -> OneText:
     """Building one takes longer than a pass; each example begins anew."""
     return target_of(path)[0]
 
@@ -91,7 +92,7 @@ def side_by_side(tokens: Sequence[int]) -> TokenTree:
     return tree
 
 
-@pytest.mark.parametrize("length", [1, 7, 40, 130])
+@pytest.mark.parametrize("length", [1, 7, 40, 128])
 def test_a_tree_made_from_the_true_continuation_is_accepted_whole(plain: Plain, length: int) -> None:
     target, _ = target_of(plain.path)
     expected = plain.continuation(PROMPT, length + 1)
@@ -99,7 +100,7 @@ def test_a_tree_made_from_the_true_continuation_is_accepted_whole(plain: Plain, 
     verdict = target.verify(chain(expected[:length]))
     assert verdict.path == tuple(range(length))
     assert verdict.bonus == expected[length]
-    assert verdict.stats.rows == len(PROMPT) + length
+    assert target.stats.rows == len(PROMPT) + length
 
 
 def test_a_stop_token_ends_the_path_before_it(tiny: Path) -> None:
@@ -216,9 +217,11 @@ def test_padding_takes_no_room_that_a_pass_needs(tiny: Path) -> None:
 
 def test_more_rows_than_planned_for_are_refused(tiny: Path) -> None:
     target, _ = target_of(tiny)
-    target.begin([1] * (CAPACITY + 1), ())
     with pytest.raises(ValueError, match=f"the cache holds {CAPACITY} rows"):
-        target.verify(TokenTree.empty())
+        target.begin([1] * (CAPACITY + 1), ())
+    target.begin((1, 2), ())
+    with pytest.raises(ValueError, match="room for trees of 128 nodes, not of 129"):
+        target.verify(chain([1] * 129))
 
 
 def test_weights_that_are_not_the_architectures_are_refused(tiny: Path, tmp_path: Path) -> None:

@@ -345,8 +345,8 @@ def test_the_cache_takes_what_the_plan_says(name: str, tmp_path: Path) -> None:
     target, _ = target_of(CASES[name].save(tmp_path))
     target.begin((1, 2, 3), ())
     target.verify(TokenTree.empty())
-    taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in target._cache.layers)
-    assert taken == kv_bytes(Checkpoint.open(tmp_path).config, CAPACITY, 4)
+    taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in target.target._arena.layers)
+    assert taken == kv_bytes(Checkpoint.open(tmp_path).config, CAPACITY + 128, 4)
 
 
 def test_each_family_has_a_real_model_and_a_tiny_one() -> None:

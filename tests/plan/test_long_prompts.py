@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from llmcad_actors.cli.commands import app
+from llmcad_actors.config import EngineConfig
 from llmcad_actors.plan.footprint import activation_bytes, kv_bytes
 from llmcad_actors.storage.checkpoint import Checkpoint
 from llmcad_actors.storage.layout import layout_of
@@ -33,7 +34,7 @@ def status(key):
 
 torch.set_num_threads(1)
 length = int(sys.argv[2])
-target, _ = target_of(Path(sys.argv[1]), capacity=length + 256)
+target, _ = target_of(Path(sys.argv[1]), capacity=length + 257)
 target.begin([1] * 300, ())
 target.verify(TokenTree.empty())  # everything has run once
 target.begin([2 + i % 200 for i in range(length)], ())
@@ -78,7 +79,8 @@ def test_a_long_prompt_takes_what_the_plan_says(tmp_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
     cache = kv_bytes(checkpoint.config, length - 300, 4)
-    planned = activation_bytes(layout_of(checkpoint), checkpoint.config, length, 0, 256, 4)
+    settings = EngineConfig(target=str(tmp_path), max_nodes=1, prefill_chunk=256)
+    planned = activation_bytes(layout_of(checkpoint), checkpoint.config, settings, length, 4)
     environment = {"PYTHONPATH": ":".join(sys.path), "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path), str(length)],
