@@ -243,7 +243,7 @@ def main(
     read_limit: Annotated[str | None, typer.Option(help="Hold reads to a rate, such as 400MB/s.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     max_nodes: Annotated[
-        int, typer.Option(min=1, help="Tree nodes at most, where a setting does not say.")
+        int | None, typer.Option(min=1, help="Tree nodes at most, where a setting does not say.")
     ] = DEFAULTS.max_nodes,
     batch: Annotated[int, typer.Option(min=1, help="Nodes of a draft step, likewise.")] = DEFAULTS.batch,
     out: Annotated[Path | None, typer.Option(help="Append JSON lines here; default: print them.")] = None,

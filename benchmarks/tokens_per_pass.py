@@ -1,6 +1,6 @@
 """How many tokens does a pass yield, by draft, tree size and policy?
 
-    python -m benchmarks.tokens_per_pass [--prompts 16] [--tokens 96] [--nodes 128] [--fallback full-tree]
+    python -m benchmarks.tokens_per_pass [--prompts 16] [--tokens 96] [--nodes 128] [--temperature 0.8]
     python -m benchmarks.tokens_per_pass --real [--draft 4bit|3bit|random] [--questions FILE]
 
 The figure does not depend on the disk: the bundled target, which fits, gives it in a minute, and the demo's target
@@ -25,6 +25,7 @@ def main(
     prompts: Annotated[int, typer.Option(min=1, help="How many texts.")] = 16,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens per text.")] = 96,
     nodes: Annotated[int, typer.Option(help="Tree nodes at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: greedy; else text i is drawn with seed i.")] = 0.0,
     fallback: Annotated[str, typer.Option(help="Fallback policy.")] = "full-tree",
     memory: Annotated[str, typer.Option(help="Memory cap.")] = "2GB",
     sharpen: Annotated[bool, typer.Option(help="Learn how much surer the target is than the draft.")] = True,
@@ -43,8 +44,8 @@ def main(
     }
     with Engine.launch(work.target, work.draft, **settings) as engine:  # type: ignore[arg-type]
         stats = [
-            engine.generate(text, max_new_tokens=tokens, chat=work.is_chat).stats
-            for text in track(work.texts, "texts", console=screen)
+            engine.generate(text, max_new_tokens=tokens, chat=work.is_chat, temperature=temperature, seed=i).stats
+            for i, text in enumerate(track(work.texts, "texts", console=screen))
         ]
     total = sum(s.new_tokens for s in stats) / sum(s.target_passes for s in stats)
     values = {
@@ -53,8 +54,8 @@ def main(
         "draft_steps_per_pass": sum(s.draft_steps for s in stats) / sum(s.target_passes for s in stats),
         "verified_nodes_per_pass": sum(s.verified_nodes for s in stats) / sum(s.target_passes for s in stats),
     }
-    config = {**work.config(), "tokens": tokens, **settings}
-    emit(measurement("tokens_per_pass", values, config=config, cache_state="resident"))
+    config = {**work.config(), "tokens": tokens, "temperature": temperature, **settings}
+    emit(measurement("tokens_per_pass", values, config=config, cache_state="resident", seed=0))
 
 
 if __name__ == "__main__":
