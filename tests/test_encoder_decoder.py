@@ -17,6 +17,7 @@ from llmcad_actors.core.acceptance import walk
 from llmcad_actors.core.costs import CostModel
 from llmcad_actors.core.fallback import FixedTree
 from llmcad_actors.core.fixed_expansion import FixedExpansion
+from llmcad_actors.core.request import Request
 from llmcad_actors.core.round import Check
 from llmcad_actors.core.tree import TokenTree
 from llmcad_actors.errors import CheckpointError, ConfigError
@@ -178,6 +179,19 @@ def test_a_node_stands_at_its_depth_wherever_it_is_among_the_rows(saved: Saved, 
     theirs = np.array([plain.logprobs(prompt, path) for path in paths])
     exact = np.array([plain.in_float64(prompt, path) for path in paths])
     assert np.abs(found - exact).max() <= max(2e-4, np.abs(theirs - exact).max())  # mT5's own float32 is as far away
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_rows_of_an_output_serve_no_other_prompt(saved: Saved, name: str) -> None:
+    path = saved.unruled(name)
+    plain, one = plain_pair(path), target_of(path)[0]
+    first, other = random_ids(12, seed=5), random_ids(9, seed=6)
+    one.begin(first)
+    output = tuple(one.verify(TokenTree.empty()).bonus for _ in range(4))
+    one.target.end(1)
+    found = one.target.logits_after(Request(other, 10, ()), output, (5, 9))
+    said = plain.logprobs(other, output)
+    assert found[0] - found[1] == pytest.approx(float(said[5] - said[9]), abs=1e-3)
 
 
 def random_ids(length: int, seed: int) -> tuple[int, ...]:

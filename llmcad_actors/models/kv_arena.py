@@ -5,7 +5,7 @@ pass go is said before it (`writing`); its mask keeps texts apart. Columns of a 
 """
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -238,9 +238,11 @@ class Shelf(Generic[T]):
         if (text := self.texts.pop(number, None)) is not None:
             self._ended.append(text)
 
-    def forget(self) -> None:
-        """Hold no row of a text that has ended."""
-        self._make_room(self._arena.capacity + 1)
+    def forget(self, keeps: Callable[[T], bool] = lambda text: False) -> None:
+        """Hold no row of a text that has ended, but of those that `keeps` names."""
+        for text in [each for each in self._ended if not keeps(each)]:
+            self._ended.remove(text)
+            self._arena.give_back(text.block)
 
     def _make_room(self, size: int) -> None:
         while self._ended and not self._arena.fits(size):

@@ -239,6 +239,8 @@ class Target:
 
     def _begin(self, number: int, request: Request, prompt: Sequence[int], output: Sequence[int] = ()) -> Text:
         choosing, prompt_length, tokens = request.choosing, len(prompt), [*prompt, *output]
+        if self.layout.family.encoder is not None:  # the rows of an output are of what the encoder has read, too
+            self._shelf.forget(lambda text: text.request.prompt == request.prompt)
         block, shared = self._shelf.rows_for(tokens, prompt_length + request.max_new_tokens)
         processors = make_processors(
             self._rules,
